@@ -1,0 +1,168 @@
+"""Which input channels of a projection depend on which output channels of which others.
+
+The answers come from a cut-open forward pass (:mod:`hap_hf.discovery.record`). For the output projection of an attention,
+one channel's gradient touches one head's rows of the query, key and value projections; for a down projection it touches
+one row of the up and gate projections; behind a layer norm it touches everything.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hap_hf.discovery.record import Recording
+
+SHARED, UNUSED = -1, -2
+
+
+@dataclass(frozen=True, eq=False)
+class Partition:
+    """The finest division of a projection's input channels into units that share no source.
+
+    Args:
+        consumer: Name of the projection.
+        num_units: Number of units.
+        width: Input channels a unit has; unit ``u`` is channels ``u * width`` to ``(u + 1) * width - 1``.
+        columns: For each source projection, the unit of each output feature, ``[out_features]``; ``SHARED`` where several
+            units need it, ``UNUSED`` where none does.
+        parameters: For other parameters, the unit of each entry, in the parameter's shape, coded likewise.
+    """
+
+    consumer: str
+    num_units: int
+    width: int
+    columns: dict[str, Tensor]
+    parameters: dict[str, Tensor]
+
+    @property
+    def shares_sources(self) -> bool:
+        """Whether some source feature serves several units, as the one key head of multi-query attention does."""
+        return any(bool((codes == SHARED).any()) for codes in self.columns.values())
+
+
+class Dependence:
+    """Answers about the input of one projection, or about the model's outputs.
+
+    Args:
+        recording: The cut-open forward pass.
+        targets: The tensors asked about, ``[..., channels]`` where single channels are.
+        seed: Seed of the random cotangents.
+    """
+
+    def __init__(self, recording: Recording, targets: list[Tensor], seed: int = 0) -> None:
+        self._generator = torch.Generator().manual_seed(seed)
+        self._targets = [t for t in targets if t.requires_grad]
+        self._sources = [(n, leaf) for n, leaves in recording.leaves.items() for leaf in leaves]
+        self._sources += [(n, p) for n, p in recording.parameters.items() if p.requires_grad]
+        self._is_leaf = set(recording.leaves)
+        # Later passes ask only for the sources that lie behind these targets at all.
+        reached = self._gradients(lambda t: torch.ones(t.shape[-1:]))
+        self._sources = [s for s, g in zip(self._sources, reached, strict=True) if g is not None]
+
+    @property
+    def sources(self) -> set[str]:
+        """Names of the projections and parameters that lie behind the targets."""
+        return {n for n, _ in self._sources}
+
+    def touched(self, channels: Tensor) -> dict[str, Tensor]:
+        """Return which source entries the given channels depend on.
+
+        Args:
+            channels: Mask over the targets' channels, ``[channels]``.
+
+        Returns:
+            For each source projection a mask over its output features, for each parameter one in its shape.
+        """
+        result: dict[str, Tensor] = {}
+        gradients = self._gradients(lambda t: channels.to(torch.float32))
+        for (name, source), gradient in zip(self._sources, gradients, strict=True):
+            mask = torch.zeros_like(source, dtype=torch.bool) if gradient is None else gradient != 0  # NaN counts
+            if name in self._is_leaf:
+                mask = mask.flatten(0, -2).any(0) if mask.dim() > 1 else mask
+            result[name] = result[name] | mask if name in result else mask
+        return {n: m.cpu() for n, m in result.items()}
+
+    def _gradients(self, scale: Callable[[Tensor], Tensor]) -> tuple[Tensor | None, ...]:
+        if not self._targets or not self._sources:
+            return (None,) * len(self._sources)
+        # Random cotangents: equal ones would cancel behind a layer norm or a softmax.
+        cotangents = [
+            (torch.randn(t.shape, generator=self._generator) * scale(t)).to(t.device, t.dtype) for t in self._targets
+        ]
+        return torch.autograd.grad(
+            self._targets, [s for _, s in self._sources], cotangents, retain_graph=True, allow_unused=True
+        )
+
+
+def partition(recording: Recording, consumer: str) -> Partition | None:
+    """Return how the input channels of a projection fall into units.
+
+    Args:
+        recording: The cut-open forward pass.
+        consumer: Name of the projection.
+
+    Returns:
+        The partition, or None where every channel depends on everything or nothing.
+    """
+    inputs = recording.inputs[consumer]
+    channels = inputs[0].shape[-1]
+    dependence = Dependence(recording, inputs)
+    leaves = dependence.sources & set(recording.leaves)
+    if not leaves or channels < 2:
+        return None
+
+    def reach(channel: int) -> dict[str, Tensor]:
+        mask = torch.zeros(channels)
+        mask[channel] = 1
+        return {n: m for n, m in dependence.touched(mask).items() if n in leaves}
+
+    first = reach(0)
+    if any(bool(m.all()) and len(m) > 1 for m in first.values()) and all(
+        bool(m.all()) or not bool(m.any()) for m in first.values()
+    ):
+        return None  # behind a norm: everything depends on everything
+    fallback = []
+    for width in (d for d in range(1, channels) if channels % d == 0):
+        other = reach(width)
+        if not any(bool((first[n] & other[n]).any()) for n in leaves):
+            return _decode(recording, dependence, consumer, channels // width, width)
+        if width > 1 and any(bool((first[n] & ~other[n]).any()) for n in leaves):
+            fallback.append(width)
+    # Multi-query attention: every head has rows of its own, and all share one key and one value head.
+    for width in fallback:
+        if found := _decode(recording, dependence, consumer, channels // width, width):
+            return found
+    return None
+
+
+def _decode(
+    recording: Recording, dependence: Dependence, consumer: str, num_units: int, width: int
+) -> Partition | None:
+    """Read off the unit of every source entry, a bit of its number at a time."""
+    unit = torch.arange(num_units * width) // width
+    codes: dict[str, Tensor] = {}
+    seen: dict[str, Tensor] = {}
+    shared: dict[str, Tensor] = {}
+    blurred: dict[str, Tensor] = {}
+    for bit in range(max((num_units - 1).bit_length(), 1)):
+        ones = dependence.touched((unit >> bit & 1) == 1)
+        zeros = dependence.touched((unit >> bit & 1) == 0)
+        for n in ones:
+            either = ones[n] | zeros[n]
+            if n not in codes:
+                codes[n], seen[n] = torch.zeros_like(ones[n], dtype=torch.long), either
+                shared[n], blurred[n] = torch.zeros_like(either), torch.zeros_like(either)
+            codes[n] |= ones[n].long() << bit
+            shared[n] |= ones[n] & zeros[n]
+            blurred[n] |= either != seen[n]  # a dependence that comes and goes cannot be trusted
+    if any(bool(b.any()) for b in blurred.values()):
+        return None
+    for n, code in codes.items():
+        code[shared[n]] = SHARED
+        code[~seen[n]] = UNUSED
+    columns = {n: c for n, c in codes.items() if n in recording.leaves}
+    units = set(range(num_units))
+    if not any(units <= set(c.tolist()) for c in columns.values()):
+        return None
+    return Partition(consumer, num_units, width, columns, {n: c for n, c in codes.items() if n not in recording.leaves})

@@ -1,0 +1,191 @@
+"""What can be removed, in names and numbers only: units, the slices that hold them, groups of units.
+
+Importing this module imports no torch: a group must survive JSON, pickling and the ``meta`` device.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import StrEnum
+from fnmatch import fnmatchcase
+from math import prod
+
+
+class Kind(StrEnum):
+    """What one unit of a group is."""
+
+    HEADS = "heads"
+    """An attention head; under grouped queries, a key/value head with its query heads."""
+    FFN = "ffn"
+    """A neuron of a feed-forward block: a row of the up (and gate) projection and a column of the down projection."""
+
+
+COUNTER_NAMES = frozenset({
+    # units
+    "attention_heads",
+    "heads",
+    "n_head",
+    "n_heads",
+    "n_kv_heads",
+    "nhead",
+    "num_attention_heads",
+    "num_head",
+    "num_heads",
+    "num_key_value_groups",
+    "num_key_value_heads",
+    "num_kv_heads",
+    "num_query_heads",
+    # entries
+    "all_head_size",
+    "attention_dim",
+    "attn_dim",
+    "d_ff",
+    "dim",
+    "dim_feedforward",
+    "embed_dim",
+    "ffn_dim",
+    "ffn_hidden_size",
+    "hidden_dim",
+    "hidden_features",
+    "hidden_size",
+    "inner_dim",
+    "intermediate_dim",
+    "intermediate_size",
+    "kv_dim",
+    "q_dim",
+    "split_size",
+})
+"""Attributes that surgery may lower. A plan from a stranger must not reach any other attribute of a module."""
+
+
+class Role(StrEnum):
+    """How a tensor takes part in a group."""
+
+    PRODUCER = "producer"
+    """A weight matrix whose output entries are the unit. An implant may replace these rows."""
+    FACTOR = "factor"
+    """Like a producer, in a layer that already has an implant: scored and removed, never implanted again."""
+    CONSUMER = "consumer"
+    """A weight matrix that reads the unit. Removing the unit removes these columns."""
+    ALIGNED = "aligned"
+    """Anything else with entries for each unit: biases, relative position tables. It follows the units."""
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """The entries of one tensor that belong to the units of a group.
+
+    Unit ``u`` occupies indices ``offset + u * width`` to ``offset + (u + 1) * width - 1`` along ``dim``.
+
+    Args:
+        tensor: Dotted name of the parameter or buffer.
+        shape: Shape of the whole tensor before anything is removed.
+        dim: Dimension along which the units lie.
+        offset: Index of the first unit's first entry, as in the query, key and value thirds of a fused projection.
+        width: Number of indices a unit has, ``head_dim`` for heads.
+        role: How the tensor takes part.
+        uses: Multiply-accumulates per entry and sample of the example batch; 0 where none are counted (biases).
+    """
+
+    tensor: str
+    shape: tuple[int, ...]
+    dim: int
+    offset: int
+    width: int
+    role: Role
+    uses: float = 0.0
+
+    @property
+    def entries_per_unit(self) -> int:
+        """Number of entries that one unit has in this tensor."""
+        return self.width * prod(self.shape) // self.shape[self.dim] if self.shape[self.dim] else 0
+
+    def indices(self, unit: int) -> range:
+        """Return the indices of ``unit`` along ``dim``."""
+        start = self.offset + unit * self.width
+        return range(start, start + self.width)
+
+
+@dataclass(frozen=True, slots=True)
+class Counter:
+    """An integer attribute of a module that counts units or their entries, such as ``num_attention_heads``.
+
+    Args:
+        attribute: Dotted name, the module's name followed by the attribute's.
+        width: How much the attribute falls by for each removed unit.
+    """
+
+    attribute: str
+    width: int
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Units that share one axis, with every slice and counter that must change with them.
+
+    Args:
+        name: Name of the smallest module that holds the group, and the kind, as in
+            ``"encoder.layer.0.attention:heads"``.
+        kind: What one unit is.
+        num_units: Number of units.
+        slices: Where the units live.
+        counters: Integer attributes that follow the number of units.
+        core_macs: Multiply-accumulates per unit and sample outside the slices (attention products).
+        may_be_empty: Whether the model still runs, and equals the masked one, with every unit removed.
+    """
+
+    name: str
+    kind: Kind
+    num_units: int
+    slices: tuple[Slice, ...]
+    counters: tuple[Counter, ...] = ()
+    core_macs: float = 0.0
+    may_be_empty: bool = False
+
+    @property
+    def params_per_unit(self) -> int:
+        """Number of parameters that removing one unit removes."""
+        return sum(s.entries_per_unit for s in self.slices)
+
+    @property
+    def macs_per_unit(self) -> float:
+        """Multiply-accumulates per sample of the example batch that removing one unit saves."""
+        return self.core_macs + sum(s.entries_per_unit * s.uses for s in self.slices)
+
+    def implant_shapes(self, implanted: int) -> dict[str, tuple[int, int]]:
+        """Return the shape of the weights that an implant would replace in each producer.
+
+        All slices of one tensor, such as the query, key and value thirds of a fused projection, share one implant.
+
+        Args:
+            implanted: Number of implanted units.
+
+        Returns:
+            Number of output rows and number of inputs by tensor name.
+        """
+        rows: dict[str, int] = defaultdict(int)
+        inputs: dict[str, int] = {}
+        for s in self.slices:
+            if s.role is Role.PRODUCER:
+                rows[s.tensor] += implanted * s.width
+                inputs[s.tensor] = s.entries_per_unit // s.width
+        return {tensor: (rows[tensor], inputs[tensor]) for tensor in rows}
+
+    def matches(self, pattern: str) -> bool:
+        """Return whether a glob pattern matches the group's name or that of one of its tensors.
+
+        Args:
+            pattern: The pattern, as for :mod:`fnmatch`.
+
+        Returns:
+            Whether it does.
+        """
+        return any(fnmatchcase(name, pattern) for name in (self.name, *(s.tensor for s in self.slices)))
+
+    def scored_slices(self) -> Iterator[Slice]:
+        """Yield the slices whose entries make up a unit's weights ``w_u``: matrices, as in the paper, not biases.
+
+        Returns:
+            The slices that are scored.
+        """
+        return (s for s in self.slices if s.role is not Role.ALIGNED and len(s.shape) > 1)

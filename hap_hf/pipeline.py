@@ -1,0 +1,170 @@
+"""The stages in order: find, score, plan, apply, record, report."""
+
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from hap_hf.checkpoint import check_recordable, record_plan
+from hap_hf.config import HapConfig, ImplantInit
+from hap_hf.discovery import find_groups
+from hap_hf.errors import BatchError
+from hap_hf.plan import IMPLANT
+from hap_hf.report import ModelSize, PruningReport, make_report, measure_size
+from hap_hf.rounds import Amounts, config_of_round
+from hap_hf.scores import score_groups
+from hap_hf.selection import make_plan, select_groups
+from hap_hf.surgery import apply_plan_, carry_optimizer_state_, collect_input_moments
+
+LossFunction = Callable[[nn.Module, Mapping[str, Any]], Tensor]
+
+
+@dataclass(frozen=True)
+class Round:
+    """One of several rounds.
+
+    Args:
+        number: Number of the round, from 1.
+        total: Number of rounds.
+        start: What could be pruned before the first round; None in the first.
+    """
+
+    number: int = 1
+    total: int = 1
+    start: Amounts | None = None
+
+
+@dataclass(frozen=True)
+class RoundResult:
+    """What one round did.
+
+    Args:
+        report: What it cost and saved.
+        start: What could be pruned before the first round.
+        size: Size of the model before this round.
+    """
+
+    report: PruningReport
+    start: Amounts
+    size: ModelSize
+
+
+def prune(
+    model: nn.Module,
+    batches: Iterable[Mapping[str, Any]],
+    config: HapConfig,
+    *,
+    loss_fn: LossFunction | None = None,
+    optimizer: Optimizer | None = None,
+) -> PruningReport:
+    """Prune ``model`` in place: score its units on ``batches``, remove and implant the least sensitive ones.
+
+    Everything is checked before anything is changed: after an error the model is as it was. For a
+    ``PreTrainedModel`` the plan is recorded in its config, so that ``save_pretrained`` writes it and
+    ``from_pretrained`` rebuilds the structure.
+
+    Args:
+        model: A trained model, neither wrapped, compiled nor quantized.
+        batches: Keyword arguments of the model's forward with labels, as a Hugging Face collator gives them; the first
+            ``config.max_batches`` are used.
+        config: How much to prune and how.
+        loss_fn: Loss of a model on a batch, a scalar; ``model(**batch).loss`` by default.
+        optimizer: An optimizer of the model that shall go on; its state follows the parameters.
+
+    Returns:
+        What was removed, what it cost and what it saved.
+
+    Raises:
+        BatchError: If there are no batches, or they hold no labels.
+        ConfigError: If the settings ask for something impossible, or for nothing.
+        CurvatureError: If a loss or a derivative is not finite, or does not depend on the weights.
+        UnsupportedModelError: If the model cannot be analysed, or nothing in it can be removed.
+    """
+    return prune_round(model, batches, config, Round(), loss_fn=loss_fn, optimizer=optimizer).report
+
+
+def prune_round(
+    model: nn.Module,
+    batches: Iterable[Mapping[str, Any]],
+    config: HapConfig,
+    place: Round,
+    *,
+    loss_fn: LossFunction | None = None,
+    optimizer: Optimizer | None = None,
+) -> RoundResult:
+    """Do one round of several; see :func:`prune`.
+
+    Args:
+        model: The model.
+        batches: Batches with labels.
+        config: The settings for all rounds together.
+        place: Which round this is.
+        loss_fn: Loss of a model on a batch.
+        optimizer: An optimizer of the model that shall go on.
+
+    Returns:
+        The report, and what the next round needs to know.
+
+    Raises:
+        BatchError: If there are no batches.
+    """
+    check_recordable(model)
+    used = list(islice(batches, config.max_batches))
+    if not used:
+        raise BatchError("expected at least one batch to score on, got none; pass batches with labels")
+    clock = Clock()
+    groups = find_groups(model, used[0])
+    start = place.start or Amounts.of(select_groups(groups, config))
+    now = config_of_round(config, place.number, place.total, start, Amounts.of(select_groups(groups, config)))
+    before = measure_size(model, used[0])
+    clock.lap("discovery")
+    scores = score_groups(model, select_groups(groups, config), used, now, loss_fn=loss_fn)
+    clock.lap("scoring")
+    plan = make_plan(groups, scores, now)
+    plan = replace(plan, provenance={**plan.provenance, **_place(place, start)})
+    clock.lap("selection")
+    implanted = {t for g in plan if IMPLANT in g.actions for t in g.ranks}
+    wanted = implanted if now.implant_init is ImplantInit.SVD else set()
+    moments = collect_input_moments(model, wanted, used) if wanted else {}
+    clock.lap("calibration")
+    check_recordable(model, plan)
+    changes = apply_plan_(model, plan, init=now.implant_init, input_moments=moments)
+    if optimizer is not None:
+        carry_optimizer_state_(optimizer, changes)
+    record_plan(model, plan)
+    clock.lap("surgery")
+    after = measure_size(model, used[0])
+    return RoundResult(make_report(plan, scores, before, after, clock.seconds), start, before)
+
+
+def _place(place: Round, start: Amounts) -> dict[str, int | float]:
+    """Return what a resumed training needs to go on with the next round."""
+    return {
+        "round": place.number,
+        "num_rounds": place.total,
+        "start_units": start.units,
+        "start_params": start.params,
+        "start_macs": start.macs,
+    }
+
+
+class Clock:
+    """Seconds by stage."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, stage: str) -> None:
+        """Book the time since the last lap under ``stage``.
+
+        Args:
+            stage: Name of the stage that just ended.
+        """
+        now = time.perf_counter()
+        self.seconds[stage] = now - self._last
+        self._last = now

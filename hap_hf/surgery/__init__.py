@@ -1,0 +1,16 @@
+"""Making a model smaller: everything here reads a plan, never a score."""
+
+from hap_hf.surgery.apply import TensorChange, apply_plan_, check_plan, undo_
+from hap_hf.surgery.calibration import collect_input_moments
+from hap_hf.surgery.implant import ImplantLinear
+from hap_hf.surgery.optimizer import carry_optimizer_state_
+
+__all__ = [
+    "ImplantLinear",
+    "TensorChange",
+    "apply_plan_",
+    "carry_optimizer_state_",
+    "check_plan",
+    "collect_input_moments",
+    "undo_",
+]

@@ -1,0 +1,314 @@
+"""Applying a plan: check everything, then change everything, and put everything back if a later stage fails."""
+
+import copy
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hap_hf.config import ImplantInit
+from hap_hf.errors import PlanMismatchError
+from hap_hf.group import Slice
+from hap_hf.plan import IMPLANT, KEEP, PRUNE, GroupPlan, PruningPlan
+from hap_hf.surgery.check import stage_problems
+from hap_hf.surgery.implant import ImplantLinear, factor_rows
+from hap_hf.surgery.projection import input_dim, is_projection, output_dim
+
+Stage = Sequence[GroupPlan]
+
+
+@dataclass(frozen=True, eq=False)
+class TensorChange:
+    """One tensor that surgery replaced or added.
+
+    Args:
+        name: Dotted name of the new tensor.
+        old: The tensor that was there, or None for an implant's new weight.
+        new: The tensor that is there now.
+        index: For each changed dimension, the old indices in their new order.
+        beside: For a new tensor, the tensor of the same layer that it follows.
+    """
+
+    name: str
+    old: Tensor | None
+    new: Tensor
+    index: Mapping[int, Tensor] = field(default_factory=dict)
+    beside: Tensor | None = None
+
+
+def check_plan(model: nn.Module, plan: PruningPlan) -> None:
+    """Check that ``plan`` fits ``model``, and change nothing.
+
+    Args:
+        model: The model the plan would be applied to.
+        plan: The plan.
+
+    Raises:
+        PlanMismatchError: If it does not fit; the message lists every mismatch of the first stage that has one.
+    """
+    # Later stages name tensors as earlier ones leave them, so they are tried on a copy without storage.
+    tensors = [*model.parameters(), *model.buffers()]
+    memo = {id(t): nn.Parameter(t.to("meta"), t.requires_grad) if isinstance(t, nn.Parameter) else t.to("meta") for t in tensors}
+    apply_plan_(copy.deepcopy(model, memo), plan)
+
+
+def apply_plan_(
+    model: nn.Module,
+    plan: PruningPlan,
+    *,
+    init: ImplantInit | str = ImplantInit.SVD,
+    input_moments: Mapping[str, Tensor] | None = None,
+) -> tuple[TensorChange, ...]:
+    """Make ``model`` smaller, in place.
+
+    Tensors are replaced, never written to: whoever holds an old one keeps it unharmed.
+
+    Args:
+        model: The model; on the ``meta`` device only shapes change.
+        plan: What to do with each unit.
+        init: Initial weights of implants.
+        input_moments: Second moments of layer inputs by weight name, for the initial weights of implants.
+
+    Returns:
+        What changed, in order, for :func:`hap_hf.surgery.carry_optimizer_state_`.
+
+    Raises:
+        PlanMismatchError: If the plan does not fit; the model is then as it was.
+    """
+    changes, _ = apply_plan_undoable_(model, plan, init=ImplantInit(init), input_moments=input_moments or {})
+    return changes
+
+
+Undo = list[tuple[nn.Module, dict[str, Any]]]
+
+
+def undo_(undo: Undo) -> None:
+    """Put back what :func:`apply_plan_undoable_` changed.
+
+    Args:
+        undo: The record it returned.
+    """
+    for module, state in reversed(undo):
+        module.__dict__.clear()
+        module.__dict__.update(state)
+
+
+def apply_plan_undoable_(
+    model: nn.Module, plan: PruningPlan, *, init: ImplantInit, input_moments: Mapping[str, Tensor]
+) -> tuple[tuple[TensorChange, ...], Undo]:
+    """Apply ``plan`` and also return what :func:`undo_` needs to take it back.
+
+    Args:
+        model: The model.
+        plan: What to do with each unit.
+        init: Initial weights of implants.
+        input_moments: Second moments of layer inputs by weight name.
+
+    Returns:
+        The changes, and the record for undoing them.
+
+    Raises:
+        PlanMismatchError: If the plan does not fit; the model is then as it was.
+    """
+    changes: list[TensorChange] = []
+    undo: Undo = []
+    try:
+        for number, stage in enumerate(plan.stages):
+            problems = stage_problems(model, stage)
+            if problems:
+                listed = "\n  ".join(problems[:20]) + (f"\n  and {len(problems) - 20} more" if len(problems) > 20 else "")
+                raise PlanMismatchError(
+                    f"the plan does not fit this {type(model).__name__} (stage {number + 1} of {len(plan.stages)}); "
+                    f"apply it to the model it was made for:\n  {listed}"
+                )
+            changes += _apply_stage(model, stage, init, input_moments, undo)
+    except BaseException:
+        undo_(undo)
+        raise
+    return tuple(changes), undo
+
+
+def _apply_stage(
+    model: nn.Module, stage: Stage, init: ImplantInit, moments: Mapping[str, Tensor], undo: Undo
+) -> list[TensorChange]:
+    cuts: dict[str, dict[int, list[tuple[Slice, GroupPlan]]]] = defaultdict(lambda: defaultdict(list))
+    for g in stage:
+        if set(g.actions) <= {KEEP}:
+            continue
+        for s in g.group.slices:
+            cuts[s.tensor][s.dim].append((s, g))
+    owners = {name.rpartition(".")[0] for name in cuts}
+    counters = [(c, g) for g in stage if PRUNE in g.actions for c in g.group.counters]
+    for name in sorted(owners | {c.attribute.rpartition(".")[0] for c, _ in counters}):
+        _remember(model.get_submodule(name), undo)
+
+    changes: list[TensorChange] = []
+    for name, by_dim in cuts.items():
+        parts = {dim: Order(pairs, _size(model, name, dim)) for dim, pairs in by_dim.items()}
+        module = model.get_submodule(name.rpartition(".")[0])
+        # Only the output rows of a projection are factored; its other tensors follow the units' new order.
+        out = output_dim(module) if is_projection(module) and name.endswith("weight") else None
+        if out in parts and parts[out].factored and any(name in g.ranks for _, g in by_dim[out]):
+            changes += _implant(model, name, by_dim[out], parts, init, moments, undo)
+        else:
+            changes.append(_resize(module, name, {dim: p.survivors for dim, p in parts.items()}))
+    for name in owners:
+        module = model.get_submodule(name)
+        if isinstance(module, ImplantLinear):
+            if f"{name}.implant_up" not in {c.name for c in changes if c.old is None}:
+                module.sync_sizes(_segments_left(module, name, cuts))
+        else:
+            _sync_sizes(module)
+    for counter, g in counters:
+        owner, _, attribute = counter.attribute.rpartition(".")
+        module = model.get_submodule(owner)
+        setattr(module, attribute, getattr(module, attribute) - counter.width * g.actions.count(PRUNE))
+    return changes
+
+
+class Order:
+    """The new order of the indices of one dimension.
+
+    Args:
+        pairs: Slices along the dimension with the plans of their groups.
+        size: Size of the dimension.
+    """
+
+    def __init__(self, pairs: Sequence[tuple[Slice, GroupPlan]], size: int) -> None:
+        self.segments: list[tuple[int, int]] = []
+        kept: list[int] = []
+        factored: list[int] = []
+        survivors: list[int] = []
+        position = 0
+        for s, g in sorted(pairs, key=lambda pair: pair[0].offset):
+            whole = [i for u in g.units(KEEP) for i in s.indices(u)]
+            implanted = [i for u in g.units(IMPLANT) for i in s.indices(u)]
+            before = list(range(position, s.offset))
+            kept += before + whole
+            factored += implanted
+            survivors += before + whole + implanted
+            self.segments.append((len(before) + len(whole), len(implanted)))
+            position = s.offset + g.group.num_units * s.width
+        rest = list(range(position, size))
+        if rest:
+            self.segments.append((len(rest), 0))
+        self.kept = torch.tensor(kept + rest, dtype=torch.long)
+        self.factored = factored
+        self.survivors = torch.tensor(survivors + rest, dtype=torch.long)
+
+
+def _remember(module: nn.Module, undo: Undo) -> None:
+    state = dict(module.__dict__)
+    for key in ("_parameters", "_buffers", "_modules"):
+        state[key] = dict(state[key])
+    undo.append((module, state))
+
+
+def _size(model: nn.Module, name: str, dim: int) -> int:
+    owner, _, leaf = name.rpartition(".")
+    tensor: Tensor = getattr(model.get_submodule(owner), leaf)
+    return tensor.shape[dim]
+
+
+def _select(tensor: Tensor, index: Mapping[int, Tensor]) -> Tensor:
+    value = tensor.detach()
+    for dim, i in index.items():
+        value = value.index_select(dim, i.to(value.device))
+    return value.contiguous()
+
+
+def _resize(module: nn.Module, name: str, index: dict[int, Tensor]) -> TensorChange:
+    leaf = name.rpartition(".")[2]
+    old: Tensor = getattr(module, leaf)
+    new = _select(old, index)
+    if isinstance(old, nn.Parameter):
+        new = nn.Parameter(new, requires_grad=old.requires_grad)
+        if old.grad is not None:
+            new.grad = _select(old.grad, index)
+    setattr(module, leaf, new)
+    return TensorChange(name, old, new, index)
+
+
+def _implant(
+    model: nn.Module,
+    name: str,
+    pairs: Sequence[tuple[Slice, GroupPlan]],
+    parts: Mapping[int, Order],
+    init: ImplantInit,
+    moments: Mapping[str, Tensor],
+    undo: Undo,
+) -> list[TensorChange]:
+    path = name.rpartition(".")[0]
+    module = model.get_submodule(path)
+    old: nn.Parameter = module.get_parameter("weight")
+    out, inp = output_dim(module), input_dim(module)
+    inputs = parts[inp].survivors if inp in parts else torch.arange(old.shape[inp])
+    index = {out: parts[out].kept} | ({inp: inputs} if inp in parts else {})
+    rank = max(g.ranks[name] for _, g in pairs if name in g.ranks)
+    implant = ImplantLinear(
+        len(inputs),
+        parts[out].segments,
+        rank,
+        bias=module.bias is not None,
+        transposed=out == 1,
+        device=old.device,
+        dtype=old.dtype,
+    ).train(module.training)
+    if not old.is_meta:
+        rows = _select(old, {out: torch.tensor(parts[out].factored), inp: inputs})
+        moment = moments.get(name)
+        if moment is not None:
+            moment = _select(moment, {0: inputs, 1: inputs})
+        up, down = factor_rows(rows.T if out == 1 else rows, rank, init, moment)
+        implant.implant_up.data.copy_(up)
+        implant.implant_down.data.copy_(down)
+        implant.weight.data.copy_(_select(old, index))
+    # The bias, still whole or already cut, is taken over as it is: its own slices decide about it.
+    implant.bias = module.bias
+    for parameter in (implant.weight, implant.implant_down, implant.implant_up):
+        parameter.requires_grad_(old.requires_grad)
+    if old.grad is not None:
+        implant.weight.grad = _select(old.grad, index)
+    parent_path, _, leaf = path.rpartition(".")
+    parent = model.get_submodule(parent_path)
+    _remember(parent, undo)
+    setattr(parent, leaf, implant)
+    return [
+        TensorChange(name, old, implant.weight, index),
+        TensorChange(f"{path}.implant_down", None, implant.implant_down, beside=implant.weight),
+        TensorChange(f"{path}.implant_up", None, implant.implant_up, beside=implant.implant_down),
+    ]
+
+
+Cuts = Mapping[str, Mapping[int, Sequence[tuple[Slice, GroupPlan]]]]
+
+
+def _segments_left(module: ImplantLinear, path: str, cuts: Cuts) -> list[tuple[int, int]]:
+    """Return the segment sizes of a layer that had its implant before this stage."""
+
+    def left(leaf: str, dim: int, sizes: Sequence[int]) -> list[int]:
+        pairs = cuts.get(f"{path}.{leaf}", {}).get(dim)
+        survivors = Order(pairs, sum(sizes)).survivors if pairs else torch.arange(sum(sizes))
+        bounds = torch.tensor([0, *sizes]).cumsum(0)
+        return [int(((survivors >= a) & (survivors < b)).sum()) for a, b in pairwise(bounds.tolist())]
+
+    kept = left("weight", output_dim(module), [k for k, _ in module.segments])
+    implanted = left("implant_up", 0, [i for _, i in module.segments])
+    return list(zip(kept, implanted, strict=True))
+
+
+def _sync_sizes(module: nn.Module) -> None:
+    """Let the size attributes that torch modules print and check follow their parameters."""
+    if is_projection(module):
+        sizes = module.weight.shape[input_dim(module)], module.weight.shape[output_dim(module)]
+        names = ("nx", "nf") if type(module).__name__ == "Conv1D" else ("in_features", "out_features")
+        for name, size in zip(names, sizes, strict=True):
+            setattr(module, name, size)
+    elif isinstance(module, nn.Embedding):
+        module.num_embeddings, module.embedding_dim = module.weight.shape
+    elif isinstance(module, nn.LayerNorm) and module.weight is not None:
+        module.normalized_shape = tuple(module.weight.shape)
