@@ -39,7 +39,7 @@ class ImplantInit(StrEnum):
     SVD = "svd"
     """Best approximation of the replaced rows at the implant's rank, on calibration inputs when there are batches."""
     ZERO = "zero"
-    """Output zero at first, as in the paper's code: one factor is zero, the other is not, so that it trains."""
+    """Silent at first, as in the paper's code: the columns that read the implanted units are zero and learn first."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,6 +6,8 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
+from hap_hf.report import ModelSize, PruningReport, make_report, measure_size
+from hap_hf.selection import make_plan, select_groups
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -14,10 +16,8 @@ from hap_hf.config import HapConfig, ImplantInit
 from hap_hf.discovery import find_groups
 from hap_hf.errors import BatchError
 from hap_hf.plan import IMPLANT
-from hap_hf.report import ModelSize, PruningReport, make_report, measure_size
 from hap_hf.rounds import Amounts, config_of_round
 from hap_hf.scores import score_groups
-from hap_hf.selection import make_plan, select_groups
 from hap_hf.surgery import apply_plan_, carry_optimizer_state_, collect_input_moments
 
 LossFunction = Callable[[nn.Module, Mapping[str, Any]], Tensor]

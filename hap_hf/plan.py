@@ -8,12 +8,11 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import groupby
-from typing import Any, TypeVar
+from typing import Any
 
 from hap_hf.errors import PlanFormatError
 from hap_hf.group import Counter, Group, Kind, Role, Slice
-
-_T = TypeVar("_T")
+from hap_hf.untrusted import MAX_SIZE, dotted_name, fixed_items, items, member, number, real, short, typed
 
 KEEP, IMPLANT, PRUNE = "k", "i", "p"
 
@@ -22,10 +21,8 @@ MAX_STAGES = 64
 MAX_GROUPS = 100_000
 MAX_UNITS = 2**26  # of the whole plan: run-length coding must not turn a small file into a large string
 _MAX_DIMS = 8
-_MAX_SIZE = 2**31
 _MAX_SLICES = 100_000  # of one group: a table shared by all layers ties their heads together
 _MAX_PROVENANCE = 64
-_NAME = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")
 _RUN = re.compile(r"([0-9]{0,8})([kip])")
 
 
@@ -136,14 +133,14 @@ class PruningPlan:
         Raises:
             PlanFormatError: If anything is missing, of the wrong type, out of range or of a newer format.
         """
-        plan = _typed(data, dict, "plan")
-        version = _number(plan.get("format"), "plan.format", 1, _MAX_SIZE)
+        plan = typed(data, dict, "plan")
+        version = number(plan.get("format"), "plan.format", 1, MAX_SIZE)
         if version > FORMAT_VERSION:
             raise PlanFormatError(
                 f"the plan has format {version}, this hap_hf reads up to {FORMAT_VERSION}; upgrade hap_hf"
             )
-        stages = _list(plan.get("stages"), "plan.stages", MAX_STAGES)
-        provenance = _typed(plan.get("provenance", {}), dict, "plan.provenance")
+        stages = items(plan.get("stages"), "plan.stages", MAX_STAGES)
+        provenance = typed(plan.get("provenance", {}), dict, "plan.provenance")
         if len(provenance) > _MAX_PROVENANCE or not all(
             isinstance(k, str) and (v is None or isinstance(v, str) or (isinstance(v, (int, float)) and abs(v) < 1e300))
             for k, v in provenance.items()
@@ -155,11 +152,11 @@ class PruningPlan:
         parsed: list[tuple[GroupPlan, ...]] = []
         for i, stage in enumerate(stages):
             groups: dict[str, GroupPlan] = {}
-            for j, entry in enumerate(_list(stage, f"plan.stages[{i}]", MAX_GROUPS)):
+            for j, entry in enumerate(items(stage, f"plan.stages[{i}]", MAX_GROUPS)):
                 group = _group_from_dict(entry, f"plan.stages[{i}][{j}]", room)
                 room -= group.group.num_units
                 if group.group.name in groups:
-                    raise PlanFormatError(f"plan.stages[{i}] has two groups of the name {_short(group.group.name)}")
+                    raise PlanFormatError(f"plan.stages[{i}] has two groups of the name {short(group.group.name)}")
                 groups[group.group.name] = group
             parsed.append(tuple(groups.values()))
         return cls(tuple(parsed), dict(provenance))
@@ -181,63 +178,56 @@ def _group_to_dict(plan: GroupPlan) -> dict[str, Any]:
 
 
 def _group_from_dict(data: object, where: str, most_units: int) -> GroupPlan:
-    entry = _typed(data, dict, where)
-    num_units = _number(entry.get("units"), f"{where}.units", 1, most_units)
-    name = _typed(entry.get("name"), str, f"{where}.name")
+    entry = typed(data, dict, where)
+    num_units = number(entry.get("units"), f"{where}.units", 1, most_units)
+    name = typed(entry.get("name"), str, f"{where}.name")
     if len(name) > 1000:
         raise PlanFormatError(f"{where}.name has {len(name)} characters, at most 1000 are allowed")
-    try:
-        kind = Kind(_typed(entry.get("kind"), str, f"{where}.kind"))
-    except ValueError:
-        raise PlanFormatError(
-            f"{where}.kind must be one of {[k.value for k in Kind]}, got {_short(entry['kind'])}"
-        ) from None
+    kind = member(entry.get("kind"), Kind, f"{where}.kind")
     slices = tuple(
         _slice_from_list(s, num_units, f"{where}.slices[{i}]")
-        for i, s in enumerate(_list(entry.get("slices"), f"{where}.slices", _MAX_SLICES))
+        for i, s in enumerate(items(entry.get("slices"), f"{where}.slices", _MAX_SLICES))
     )
     counters = []
-    for i, c in enumerate(_list(entry.get("counters", []), f"{where}.counters", _MAX_SLICES)):
-        attribute, width = _fields(c, 2, f"{where}.counters[{i}]")
-        counters.append(Counter(_name(attribute, where), _number(width, f"{where}.counters[{i}] width", 1, _MAX_SIZE)))
-    core_macs = _float(entry.get("core_macs", 0.0), f"{where}.core_macs")
-    may_be_empty = _typed(entry.get("may_be_empty", False), bool, f"{where}.may_be_empty")
+    for i, c in enumerate(items(entry.get("counters", []), f"{where}.counters", _MAX_SLICES)):
+        attribute, width = fixed_items(c, 2, f"{where}.counters[{i}]")
+        counters.append(
+            Counter(dotted_name(attribute, where), number(width, f"{where}.counters[{i}] width", 1, MAX_SIZE))
+        )
+    core_macs = real(entry.get("core_macs", 0.0), f"{where}.core_macs")
+    may_be_empty = typed(entry.get("may_be_empty", False), bool, f"{where}.may_be_empty")
     group = Group(name, kind, num_units, slices, tuple(counters), core_macs, may_be_empty)
     actions = decode_actions(entry.get("actions"), num_units, where)
-    ranks = _typed(entry.get("ranks", {}), dict, f"{where}.ranks")
+    ranks = typed(entry.get("ranks", {}), dict, f"{where}.ranks")
+    if (IMPLANT in actions) != bool(ranks):
+        raise PlanFormatError(f"{where} must have ranks exactly when units are implanted")
     shapes = group.implant_shapes(actions.count(IMPLANT))
     for tensor, rank in ranks.items():
         if tensor not in shapes:
-            raise PlanFormatError(f"{where}.ranks names {_short(tensor)}, which is no producer of the group")
-        _number(rank, f"{where}.ranks[{tensor!r}]", 1, max(1, *shapes[tensor]))
-    if (IMPLANT in actions) != bool(ranks):
-        raise PlanFormatError(f"{where} must have ranks exactly when units are implanted")
+            raise PlanFormatError(f"{where}.ranks names {short(tensor)}, which is no producer of the group")
+        number(rank, f"{where}.ranks[{tensor!r}]", 1, min(shapes[tensor]))
     return GroupPlan(group, actions, dict(ranks))
 
 
 def _slice_from_list(data: object, num_units: int, where: str) -> Slice:
-    tensor, shape, dim, offset, width, role, uses = _fields(data, 7, where)
-    sizes = tuple(_number(n, f"{where} shape", 0, _MAX_SIZE) for n in _list(shape, f"{where} shape", _MAX_DIMS))
-    checked_dim = _number(dim, f"{where} dim", 0, max(len(sizes) - 1, 0))
-    checked_offset = _number(offset, f"{where} offset", 0, _MAX_SIZE)
-    checked_width = _number(width, f"{where} width", 1, _MAX_SIZE)
+    tensor, shape, dim, offset, width, role, uses = fixed_items(data, 7, where)
+    sizes = tuple(number(n, f"{where} shape", 0, MAX_SIZE) for n in items(shape, f"{where} shape", _MAX_DIMS))
+    checked_dim = number(dim, f"{where} dim", 0, max(len(sizes) - 1, 0))
+    checked_offset = number(offset, f"{where} offset", 0, MAX_SIZE)
+    checked_width = number(width, f"{where} width", 1, MAX_SIZE)
     if not sizes or checked_offset + num_units * checked_width > sizes[checked_dim]:
         raise PlanFormatError(
             f"{where}: {num_units} units of width {checked_width} from index {checked_offset} on do not fit "
             f"dimension {checked_dim} of shape {list(sizes)}"
         )
-    try:
-        checked_role = Role(_typed(role, str, f"{where} role"))
-    except ValueError:
-        raise PlanFormatError(f"{where} role must be one of {[r.value for r in Role]}, got {_short(role)}") from None
     return Slice(
-        _name(tensor, where),
+        dotted_name(tensor, where),
         sizes,
         checked_dim,
         checked_offset,
         checked_width,
-        checked_role,
-        _float(uses, f"{where} uses"),
+        member(role, Role, f"{where} role"),
+        real(uses, f"{where} uses"),
     )
 
 
@@ -261,7 +251,7 @@ def decode_actions(data: object, num_units: int, where: str = "plan") -> str:
     Raises:
         PlanFormatError: If the string is malformed or does not hold exactly ``num_units`` letters.
     """
-    text = _typed(data, str, f"{where}.actions")
+    text = typed(data, str, f"{where}.actions")
     parts, total, position = [], 0, 0
     while position < len(text):
         match = _RUN.match(text, position)
@@ -278,51 +268,3 @@ def decode_actions(data: object, num_units: int, where: str = "plan") -> str:
     if total != num_units or position < len(text):
         raise PlanFormatError(f"{where}.actions must describe exactly {num_units} units")
     return "".join(parts)
-
-
-def _typed(value: object, kind: type[_T], where: str) -> _T:
-    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise PlanFormatError(f"{where} must be a {kind.__name__}, got {type(value).__name__}")
-    return value
-
-
-def _list(value: object, where: str, most: int) -> list[Any]:
-    items = _typed(value, list, where)
-    if len(items) > most:
-        raise PlanFormatError(f"{where} has {len(items)} entries, at most {most} are allowed")
-    return items
-
-
-def _fields(value: object, count: int, where: str) -> list[Any]:
-    items = _typed(value, list, where)
-    if len(items) != count:
-        raise PlanFormatError(f"{where} must have {count} entries, got {len(items)}")
-    return items
-
-
-def _number(value: object, where: str, low: int, high: int) -> int:
-    number = _typed(value, int, where)
-    if not low <= number <= high:
-        # Python refuses to print integers of thousands of digits.
-        got = str(number) if abs(number) < 10**40 else "a number of over forty digits"
-        raise PlanFormatError(f"{where} must lie between {low} and {high}, got {got}")
-    return number
-
-
-def _float(value: object, where: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise PlanFormatError(f"{where} must be a number, got {type(value).__name__}")
-    if not 0 <= value < 1e30:  # also refuses NaN and infinities
-        raise PlanFormatError(f"{where} must be a finite number of at least 0")
-    return float(value)
-
-
-def _short(value: object) -> str:
-    return repr(value[:60] if isinstance(value, str) else type(value).__name__)
-
-
-def _name(value: object, where: str) -> str:
-    name = _typed(value, str, f"{where} name")
-    if len(name) > 1000 or _NAME.fullmatch(name) is None:
-        raise PlanFormatError(f"{where}: {name[:60]!r} is no dotted tensor or attribute name")
-    return name

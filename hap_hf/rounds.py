@@ -71,13 +71,14 @@ def config_of_round(config: HapConfig, number: int, num_rounds: int, start: Amou
         # A rounding error of 1e-9 units must not cost a whole one.
         ratio = min((cut + 1e-6) / now.units, 1 - 1e-9)
         return replace(config, prune_ratio=ratio, implant_ratio=min(implants / cut, 1.0) if last else 0.0)
-    name = "target_params" if config.target_params is not None else "target_macs"
-    target = config.target_params if config.target_params is not None else config.target_macs
-    assert target is not None  # for the type checker: HapConfig holds exactly one amount
-    before, left = (start.params, now.params) if name == "target_params" else (start.macs, now.macs)
-    kept = (1 - (1 - target) * share) * before / left
+    implant_ratio = config.implant_ratio if last else 0.0
+    if config.target_params is not None:
+        kept = (1 - (1 - config.target_params) * share) * start.params / now.params
+        _check_left(1 - kept, config, number)
+        return replace(config, target_params=kept, implant_ratio=implant_ratio)
+    kept = (1 - (1 - (config.target_macs or 0.0)) * share) * start.macs / now.macs
     _check_left(1 - kept, config, number)
-    return replace(config, **{name: kept, "implant_ratio": config.implant_ratio if last else 0.0})
+    return replace(config, target_macs=kept, implant_ratio=implant_ratio)
 
 
 def _check_left(amount: float, config: HapConfig, number: int) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from hap_hf.report import ModelSize, PruningReport
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -16,7 +17,6 @@ from hap_hf.checkpoint import plan_of
 from hap_hf.config import HapConfig
 from hap_hf.errors import BatchError, ConfigError, UnsupportedModelError
 from hap_hf.pipeline import LossFunction, Round, prune_round
-from hap_hf.report import ModelSize, PruningReport
 from hap_hf.rounds import Amounts
 
 logger = logging.getLogger(__name__)
@@ -98,9 +98,9 @@ class HessianPruner(TrainerCallback):
         else:
             self._done, self._start, self._dense, self.reports = 0, None, None, []
         last = self._due(self.num_rounds)
-        total = state.max_steps if self.step is not None else args.num_train_epochs
+        total = float(state.max_steps if self.step is not None else args.num_train_epochs)
         if self.step is None and args.max_steps > 0:
-            total = float("inf")  # max_steps overrides num_train_epochs, and how many epochs that is depends on the data
+            total = float("inf")  # max_steps overrides the epochs, and how many it makes depends on the data
         if last > total:
             raise ConfigError(
                 f"round {self.num_rounds} of {self.num_rounds} would come after {last} "
@@ -170,12 +170,12 @@ class HessianPruner(TrainerCallback):
                 float(plan.provenance["start_macs"] or 0),
             )
         progress = state.global_step if self.step is not None else int(state.epoch or 0)
-        if self._done < self.num_rounds and progress >= max(self._due(self._done + 1), 1) or not self._done and (
-            self.step is None and self.epoch is None
+        if (self._done < self.num_rounds and progress >= max(self._due(self._done + 1), 1)) or (
+            not self._done and (self.step is None and self.epoch is None)
         ):
             raise ConfigError(
-                f"the training resumes at step {state.global_step}, where round {self._done + 1} was already done, with a "
-                "model that is not pruned; load the model from the checkpoint (AutoModel….from_pretrained after "
+                f"the training resumes at step {state.global_step}, where round {self._done + 1} was already done, "
+                "with a model that is not pruned; load the model from the checkpoint (AutoModel….from_pretrained after "
                 "`import hap_hf`) and pass it to the Trainer"
             )
 
@@ -204,7 +204,7 @@ class HessianPruner(TrainerCallback):
         state.best_model_checkpoint = None
         trainer.log(result.report.to_log())
         if state.is_world_process_zero:
-            result.report.save(Path(args.output_dir))
+            result.report.save(Path(args.output_dir or "."))
 
 
 def trainer_loss(trainer: Trainer) -> LossFunction:
@@ -219,8 +219,8 @@ def trainer_loss(trainer: Trainer) -> LossFunction:
 
     def loss(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
         # compute_loss takes the labels out of the mapping it is given.
-        value: Tensor = trainer.compute_loss(model, dict(batch))
-        return value
+        value = trainer.compute_loss(model, dict(batch))
+        return value[0] if isinstance(value, tuple) else value
 
     return loss
 
@@ -259,7 +259,13 @@ def scoring_batches(
 def _calling_trainer() -> Trainer:
     """Return the Trainer that called the callback.
 
-    Callback events are given everything but the Trainer itself, which alone knows the loss it trains with and how to log.
+    Callback events are given everything but the Trainer itself, which alone knows its loss and how to log.
+
+    Returns:
+        The Trainer.
+
+    Raises:
+        ConfigError: If no Trainer called.
     """
     frame = inspect.currentframe()
     while frame is not None:

@@ -171,7 +171,12 @@ CASES: dict[str, Case] = {
     "qwen3": _causal("qwen3", head_dim=8),
     "gemma": _causal("gemma", head_dim=8),
     "gemma_one_key_head": _causal("gemma", heads=(4, 4), head_dim=8, num_key_value_heads=1),
-    "phi": _causal("phi", heads=(4, 4), num_key_value_heads=4, rope_parameters={"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 2 / 3}),
+    "phi": _causal(
+        "phi",
+        heads=(4, 4),
+        num_key_value_heads=4,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 2 / 3},
+    ),
     "t5": _case(
         "t5",
         hf.AutoModelForSeq2SeqLM,

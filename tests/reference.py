@@ -1,6 +1,6 @@
 """Slow and simple truths, written without importing hap_hf."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 @contextmanager
-def masked(model: nn.Module, removed: Mapping[Any, list[int]]) -> Iterator[nn.Module]:
+def masked(model: nn.Module, removed: Mapping[Any, list[int]]) -> Generator[nn.Module]:
     """Zero units where they are consumed: the input channels of the projections that read them."""
     channels: dict[str, list[int]] = {}
     for group, units in removed.items():

@@ -69,9 +69,10 @@ def test_a_layer_may_lose_all_its_units_where_the_group_says_so(name):
 
 @pytest.mark.parametrize("name", CASES)
 def test_a_pruned_and_implanted_model_trains_a_step(name):
-    model, batch = build(name).float().train(), {
-        k: v.float() if v.is_floating_point() else v for k, v in batch_of(name).items()
-    }
+    model, batch = (
+        build(name).float().train(),
+        {k: v.float() if v.is_floating_point() else v for k, v in batch_of(name).items()},
+    )
     groups = find_groups(model, batch)
     removed = {g: [0] for g in groups}
     implanted = {g: list(range(g.num_units // 2, g.num_units)) for g in groups if g.num_units > 3}
@@ -100,7 +101,11 @@ def test_the_pruned_models_graph_exports_without_index_operations(name):
 
 
 def index_ops(model, batch):
-    inputs = {k: v for k, v in batch.items()} | ({"use_cache": False} if "input_ids" in batch and "labels" in batch and hasattr(model.config, "use_cache") else {})
+    inputs = dict(batch) | (
+        {"use_cache": False}
+        if "input_ids" in batch and "labels" in batch and hasattr(model.config, "use_cache")
+        else {}
+    )
     program = torch.export.export(model, (), inputs, strict=False)
     names = [str(n.target) for n in program.graph.nodes if n.op == "call_function"]
     return sorted(n for n in names if any(w in n for w in ("index", "gather", "scatter")))
@@ -110,7 +115,10 @@ def index_ops(model, batch):
 def test_a_pruned_model_compiles(name):
     model, batch = build(name), batch_of(name)
     groups = find_groups(model, batch)
-    apply_plan_(model, plan_of({g: [0] for g in groups}, {g: [g.num_units - 2, g.num_units - 1] for g in groups if g.num_units > 4}))
+    apply_plan_(
+        model,
+        plan_of({g: [0] for g in groups}, {g: [g.num_units - 2, g.num_units - 1] for g in groups if g.num_units > 4}),
+    )
     expected = logits(model, batch)
     compiled = torch.compile(model, backend="aot_eager")
     with torch.no_grad():

@@ -1,32 +1,61 @@
 """Leaving a model exactly as it was found."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+# The flags of transformers and timm. timm's is obeyed in eval mode too.
+_CHECKPOINTING = ("gradient_checkpointing", "grad_checkpointing")
+
 
 @contextmanager
-def preserved(model: nn.Module, tensors: Mapping[str, Tensor] | None = None) -> Iterator[None]:
-    """Put ``model`` in eval mode with gradients for ``tensors`` only, and put everything back.
+def preserved(model: nn.Module, tensors: Mapping[str, Tensor] | None = None) -> Generator[None, None, None]:
+    """Make ``model`` ready for derivatives, and put everything back however the block ends.
 
-    LEAD'S PLACEHOLDER: whoever owns this file may replace it, keeping this signature.
+    Inside, the model is in eval mode, only ``tensors`` require gradients, no gradient is stored, activations are not
+    checkpointed (reentrant checkpoints hide weights from ``torch.autograd.grad``) and attention runs on the math kernel, the
+    only one that can be differentiated twice. Afterwards training flags, ``requires_grad``, ``.grad``, buffers,
+    checkpointing flags and torch's global random states are those from before, also after an exception or Ctrl-C.
+
+    Args:
+        model: Any model.
+        tensors: Parameters to differentiate with respect to, by name; none by default.
+
+    Yields:
+        Nothing.
     """
-    training = [(m, m.training) for m in model.modules()]
-    grads = [(p, p.requires_grad, p.grad) for p in model.parameters()]
+    modules = list(model.modules())
+    parameters = list(model.parameters())
+    training = [m.training for m in modules]
+    checkpointing = [(m, a) for m in modules for a in _CHECKPOINTING if getattr(m, a, False) is True]
+    buffers = [dict(m._buffers) for m in modules]
+    values = {id(b): b.detach().clone() for own in buffers for b in own.values() if b is not None}
+    gradients = [(p.requires_grad, p.grad) for p in parameters]
     wanted = {id(t) for t in (tensors or {}).values()}
-    devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
+    devices = sorted({p.device.index for p in parameters if p.device.type == "cuda"})
     try:
         model.eval()
-        for p, _, _ in grads:
+        for module, attribute in checkpointing:
+            setattr(module, attribute, False)
+        for p in parameters:
             p.requires_grad_(id(p) in wanted)
+            p.grad = None  # a loss that calls backward() must not add to the gradients found
         with torch.random.fork_rng(devices), sdpa_kernel(SDPBackend.MATH):
             yield
     finally:
-        for m, flag in training:
-            m.training = flag
-        for p, flag, grad in grads:
-            p.requires_grad_(flag)
+        for module, flag, own in zip(modules, training, buffers, strict=True):
+            module.training = flag
+            module._buffers.clear()
+            module._buffers.update(own)
+        with torch.no_grad():
+            for buffer in (b for own in buffers for b in own.values() if b is not None and not b.is_meta):
+                if not torch.equal(buffer, values[id(buffer)]):
+                    buffer.copy_(values[id(buffer)])
+        for module, attribute in checkpointing:
+            setattr(module, attribute, True)
+        for p, (requires_grad, grad) in zip(parameters, gradients, strict=True):
+            p.requires_grad_(requires_grad)
             p.grad = grad

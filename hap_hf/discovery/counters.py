@@ -7,9 +7,7 @@ from torch import nn
 from hap_hf.discovery.dependence import Partition
 from hap_hf.group import COUNTER_NAMES, Counter, Kind
 
-HEAD_COUNTS = frozenset(
-    n for n in COUNTER_NAMES if "head" in n and "size" not in n or n == "num_key_value_groups"
-)
+HEAD_COUNTS = frozenset(n for n in COUNTER_NAMES if ("head" in n and "size" not in n) or n == "num_key_value_groups")
 SIZES = COUNTER_NAMES - HEAD_COUNTS
 
 

@@ -1,8 +1,8 @@
 """Which input channels of a projection depend on which output channels of which others.
 
-The answers come from a cut-open forward pass (:mod:`hap_hf.discovery.record`). For the output projection of an attention,
-one channel's gradient touches one head's rows of the query, key and value projections; for a down projection it touches
-one row of the up and gate projections; behind a layer norm it touches everything.
+The answers come from a cut-open forward pass (:mod:`hap_hf.discovery.record`). For the output projection of an
+attention, one channel's gradient touches one head's rows of the query, key and value projections; for a down
+projection it touches one row of the up and gate projections; behind a layer norm it touches everything.
 """
 
 from collections.abc import Callable
@@ -24,8 +24,8 @@ class Partition:
         consumer: Name of the projection.
         num_units: Number of units.
         width: Input channels a unit has; unit ``u`` is channels ``u * width`` to ``(u + 1) * width - 1``.
-        columns: For each source projection, the unit of each output feature, ``[out_features]``; ``SHARED`` where several
-            units need it, ``UNUSED`` where none does.
+        columns: For each source projection, the unit of each output feature, ``[out_features]``; ``SHARED`` where
+            several units need it, ``UNUSED`` where none does.
         parameters: For other parameters, the unit of each entry, in the parameter's shape, coded likewise.
     """
 

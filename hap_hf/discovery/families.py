@@ -10,11 +10,15 @@ from torch import Tensor, nn
 
 from hap_hf.discovery.counters import counters_of
 from hap_hf.discovery.dependence import UNUSED, Dependence, Partition, partition
-from hap_hf.discovery.record import Recording, Segment, input_segments, output_segments, runs
+from hap_hf.discovery.layout import Segment, input_segments, output_segments, runs
+from hap_hf.discovery.record import Recording
 from hap_hf.group import Group, Kind, Role, Slice
 from hap_hf.surgery.implant import ImplantLinear
 
 logger = logging.getLogger(__name__)
+
+Key = tuple[str, int, Role]
+"""Name of a tensor, a dimension of it, and its role."""
 
 
 @dataclass(frozen=True)
@@ -52,10 +56,18 @@ def find_candidates(model: nn.Module, recording: Recording, core_macs: Mapping[s
         else:
             frozen |= Dependence(recording, recording.inputs[name]).sources
     frozen |= Dependence(recording, recording.outputs).sources
-    used_directly = {n.rpartition(".")[0] for n in frozen if n.rpartition(".")[0] in recording.projections}
-    for name in used_directly:
-        logger.info("left whole: %s, whose weight is also used outside of its forward", name)
-    frozen |= used_directly
+    used_directly = {n.rpartition(".")[0] for n in frozen} & set(recording.projections)
+    tied = _tied(model) & set(recording.projections)
+    for names, why in (
+        (used_directly, "whose weight is also used outside of its forward"),
+        (tied, "whose weight is tied"),
+    ):
+        if names:
+            logger.info("left whole: %s, %s", sorted(names), why)
+    for name in (used_directly | tied) & set(partitions):
+        p = partitions.pop(name)
+        frozen |= set(p.columns) | set(p.parameters)
+    frozen |= used_directly | tied
     _freeze_partners(partitions, frozen)
 
     candidates: list[Candidate] = []
@@ -63,6 +75,15 @@ def find_candidates(model: nn.Module, recording: Recording, core_macs: Mapping[s
         members = [partitions[name] for name in family]
         candidates += _candidates_of_family(model, recording, members, core_macs)
     return _with_unique_names(candidates)
+
+
+def _tied(model: nn.Module) -> set[str]:
+    """Return the modules that share a parameter with another module."""
+    owners: dict[int, set[str]] = defaultdict(set)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owners[id(parameter)].add(name.rpartition(".")[0])
+    # One module under two paths, as in models that share layers, ties nothing.
+    return {n for names in owners.values() if len({id(model.get_submodule(n)) for n in names}) > 1 for n in names}
 
 
 def _owned(p: Partition) -> set[str]:
@@ -74,7 +95,9 @@ def _freeze_partners(partitions: dict[str, Partition], frozen: set[str]) -> None
     """Drop, until nothing changes, every partition of which a source is needed whole elsewhere."""
     while dropped := [name for name, p in partitions.items() if _owned(p) & frozen]:
         for name in dropped:
-            logger.debug("left whole: the input of %s, of which %s is needed elsewhere", name, _owned(partitions[name]) & frozen)
+            logger.debug(
+                "left whole: the input of %s, of which %s is needed elsewhere", name, _owned(partitions[name]) & frozen
+            )
             p = partitions.pop(name)
             frozen |= set(p.columns) | set(p.parameters)
 
@@ -105,7 +128,9 @@ def _candidates_of_family(
     name = members[0].consumer
     num_units = members[0].num_units
     if any(p.num_units != num_units for p in members) or not _same_units(members):
-        logger.info("left whole: the inputs of %s, which divide their channels differently", [p.consumer for p in members])
+        logger.info(
+            "left whole: the inputs of %s, which divide their channels differently", [p.consumer for p in members]
+        )
         return []
     if num_units < 2:
         return []
@@ -114,7 +139,7 @@ def _candidates_of_family(
         logger.info("left whole: the input of %s, which is no hidden layer of a feed-forward block", name)
         return []
     entries = _entries(recording, members)
-    populations: dict[tuple[object, ...], list[int]] = defaultdict(list)
+    populations: dict[tuple[Key, ...], list[int]] = defaultdict(list)
     for unit in range(num_units):
         populations[tuple(key for key, by_unit in entries.items() if by_unit.get(unit))].append(unit)
     result = []
@@ -155,9 +180,6 @@ def _is_block(model: nn.Module, recording: Recording, members: Sequence[Partitio
         if any(recording.inputs[n][0].shape[-1] != outputs for n in sources):
             return False
     return True
-
-
-Key = tuple[str, int, Role]
 
 
 def _entries(recording: Recording, members: Sequence[Partition]) -> dict[Key, dict[int, list[int]]]:

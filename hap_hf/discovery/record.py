@@ -6,7 +6,7 @@ which other is then a question about which gradients are exactly zero, whatever 
 """
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from hap_hf.curvature.state import preserved
-from hap_hf.surgery.implant import ImplantLinear
-from hap_hf.surgery.projection import is_projection, output_dim
+from hap_hf.surgery.projection import is_projection
 
 
 @dataclass(eq=False)
@@ -84,7 +83,7 @@ def batch_size(batch: Mapping[str, Any]) -> int:
 
 
 @contextmanager
-def record(model: nn.Module, batch: Mapping[str, Any], seed: int = 0) -> Iterator[Recording]:
+def record(model: nn.Module, batch: Mapping[str, Any], seed: int = 0) -> Generator[Recording]:
     """Record one forward pass, and leave the model as found.
 
     Args:
@@ -100,17 +99,17 @@ def record(model: nn.Module, batch: Mapping[str, Any], seed: int = 0) -> Iterato
     generator = torch.Generator().manual_seed(seed)
 
     def cut(name: str) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
             # Positive noise: below zero a ReLU would hide a dependence, far above it a bounded activation would.
             noise = torch.rand(output.shape, generator=generator).mul_(0.9).add_(0.1)
             leaf = noise.to(output.device, output.dtype).requires_grad_()
-            recording.inputs[name].append(args[0])
+            recording.inputs[name].append(next(iter([*args, *kwargs.values()])))
             recording.leaves[name].append(leaf)
             return leaf.clone()  # an in-place activation may write to the clone
 
         return hook
 
-    handles = [m.register_forward_hook(cut(name)) for name, m in projections.items()]
+    handles = [m.register_forward_hook(cut(name), with_kwargs=True) for name, m in projections.items()]
     try:
         with preserved(model, dict(recording.parameters)), torch.enable_grad():
             output = model(**batch)
@@ -136,82 +135,3 @@ def output_tensors(output: Any) -> list[Tensor]:
     if isinstance(output, Mapping):
         output = {k: v for k, v in output.items() if k != "past_key_values"}
     return [t for t in tree_leaves(output) if isinstance(t, Tensor)]
-
-
-@dataclass(frozen=True)
-class Segment:
-    """Consecutive features of a projection and where one of its tensors holds them.
-
-    Args:
-        tensor: Name of the tensor within the module.
-        dim: Dimension along which the features lie.
-        first_feature: First feature of the run.
-        size: Number of features.
-        first_index: Index of the first feature along ``dim``.
-    """
-
-    tensor: str
-    dim: int
-    first_feature: int
-    size: int
-    first_index: int
-
-
-def output_segments(module: nn.Module) -> list[Segment]:
-    """Return where the output features of a projection are stored.
-
-    Args:
-        module: A projection.
-
-    Returns:
-        Segments of its weight matrices and bias.
-    """
-    out = output_dim(module)
-    result = []
-    if isinstance(module, ImplantLinear):
-        feature = kept = implanted = 0
-        for num_kept, num_implanted in module.segments:
-            result.append(Segment("weight", out, feature, num_kept, kept))
-            result.append(Segment("implant_up", 0, feature + num_kept, num_implanted, implanted))
-            feature, kept, implanted = feature + num_kept + num_implanted, kept + num_kept, implanted + num_implanted
-        size = feature
-    else:
-        size = module.weight.shape[out]
-        result.append(Segment("weight", out, 0, size, 0))
-    if module.bias is not None:
-        result.append(Segment("bias", 0, 0, size, 0))
-    return result
-
-
-def input_segments(module: nn.Module) -> list[Segment]:
-    """Return where the input features of a projection are stored.
-
-    Args:
-        module: A projection.
-
-    Returns:
-        Segments of its weight matrices.
-    """
-    inp = 1 - output_dim(module)
-    result = [Segment("weight", inp, 0, module.weight.shape[inp], 0)]
-    if isinstance(module, ImplantLinear):
-        result.append(Segment("implant_down", 1, 0, module.implant_down.shape[1], 0))
-    return result
-
-
-def runs(indices: Sequence[int]) -> list[tuple[int, int]]:
-    """Return ascending ``indices`` as runs of consecutive ones.
-
-    Args:
-        indices: Ascending integers.
-
-    Returns:
-        First index and length of each run.
-    """
-    result: list[tuple[int, int]] = []
-    for i in indices:
-        if result and result[-1][0] + result[-1][1] == i:
-            result[-1] = (result[-1][0], result[-1][1] + 1)
-        else:
-            result.append((i, 1))
-    return result

@@ -45,10 +45,7 @@ def accept(model: nn.Module, batch: Mapping[str, Any], candidates: Sequence[Cand
     """
     with preserved(model), torch.no_grad():
         trial = Trial(model, batch)
-        if candidates and trial.holds(candidates):
-            accepted = list(candidates)
-        else:
-            accepted = _accept_by_class(trial, candidates)
+        accepted = list(candidates) if trial.holds(candidates) else _accept_by_class(trial, candidates)
         empty = {key: trial.holds_when_empty(members) for key, members in _classes(accepted).items()}
     order = {n: i for i, c in enumerate(candidates) for n in c.consumers}
     accepted.sort(key=lambda c: order[c.consumers[0]])

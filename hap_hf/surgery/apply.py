@@ -4,7 +4,6 @@ import copy
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -13,10 +12,12 @@ from torch import Tensor, nn
 from hap_hf.config import ImplantInit
 from hap_hf.errors import PlanMismatchError
 from hap_hf.group import Slice
-from hap_hf.plan import IMPLANT, KEEP, PRUNE, GroupPlan, PruningPlan
+from hap_hf.plan import KEEP, PRUNE, GroupPlan, PruningPlan
 from hap_hf.surgery.check import stage_problems
 from hap_hf.surgery.implant import ImplantLinear, factor_rows
+from hap_hf.surgery.order import Order
 from hap_hf.surgery.projection import input_dim, is_projection, output_dim
+from hap_hf.surgery.sizes import segments_left, sync_sizes
 
 Stage = Sequence[GroupPlan]
 
@@ -52,7 +53,10 @@ def check_plan(model: nn.Module, plan: PruningPlan) -> None:
     """
     # Later stages name tensors as earlier ones leave them, so they are tried on a copy without storage.
     tensors = [*model.parameters(), *model.buffers()]
-    memo = {id(t): nn.Parameter(t.to("meta"), t.requires_grad) if isinstance(t, nn.Parameter) else t.to("meta") for t in tensors}
+    memo = {
+        id(t): nn.Parameter(t.to("meta"), t.requires_grad) if isinstance(t, nn.Parameter) else t.to("meta")
+        for t in tensors
+    }
     apply_plan_(copy.deepcopy(model, memo), plan)
 
 
@@ -120,7 +124,9 @@ def apply_plan_undoable_(
         for number, stage in enumerate(plan.stages):
             problems = stage_problems(model, stage)
             if problems:
-                listed = "\n  ".join(problems[:20]) + (f"\n  and {len(problems) - 20} more" if len(problems) > 20 else "")
+                listed = "\n  ".join(problems[:20]) + (
+                    f"\n  and {len(problems) - 20} more" if len(problems) > 20 else ""
+                )
                 raise PlanMismatchError(
                     f"the plan does not fit this {type(model).__name__} (stage {number + 1} of {len(plan.stages)}); "
                     f"apply it to the model it was made for:\n  {listed}"
@@ -152,53 +158,22 @@ def _apply_stage(
         module = model.get_submodule(name.rpartition(".")[0])
         # Only the output rows of a projection are factored; its other tensors follow the units' new order.
         out = output_dim(module) if is_projection(module) and name.endswith("weight") else None
-        if out in parts and parts[out].factored and any(name in g.ranks for _, g in by_dim[out]):
-            changes += _implant(model, name, by_dim[out], parts, init, moments, undo)
+        if out in parts and len(parts[out].factored) and any(name in g.ranks for _, g in by_dim[out]):
+            changes += _implant(model, name, by_dim[out], parts, moments, undo)
         else:
-            changes.append(_resize(module, name, {dim: p.survivors for dim, p in parts.items()}))
+            changes.append(_resize(module, name, parts, init))
     for name in owners:
         module = model.get_submodule(name)
         if isinstance(module, ImplantLinear):
             if f"{name}.implant_up" not in {c.name for c in changes if c.old is None}:
-                module.sync_sizes(_segments_left(module, name, cuts))
+                module.sync_sizes(segments_left(module, name, cuts))
         else:
-            _sync_sizes(module)
+            sync_sizes(module)
     for counter, g in counters:
         owner, _, attribute = counter.attribute.rpartition(".")
         module = model.get_submodule(owner)
         setattr(module, attribute, getattr(module, attribute) - counter.width * g.actions.count(PRUNE))
     return changes
-
-
-class Order:
-    """The new order of the indices of one dimension.
-
-    Args:
-        pairs: Slices along the dimension with the plans of their groups.
-        size: Size of the dimension.
-    """
-
-    def __init__(self, pairs: Sequence[tuple[Slice, GroupPlan]], size: int) -> None:
-        self.segments: list[tuple[int, int]] = []
-        kept: list[int] = []
-        factored: list[int] = []
-        survivors: list[int] = []
-        position = 0
-        for s, g in sorted(pairs, key=lambda pair: pair[0].offset):
-            whole = [i for u in g.units(KEEP) for i in s.indices(u)]
-            implanted = [i for u in g.units(IMPLANT) for i in s.indices(u)]
-            before = list(range(position, s.offset))
-            kept += before + whole
-            factored += implanted
-            survivors += before + whole + implanted
-            self.segments.append((len(before) + len(whole), len(implanted)))
-            position = s.offset + g.group.num_units * s.width
-        rest = list(range(position, size))
-        if rest:
-            self.segments.append((len(rest), 0))
-        self.kept = torch.tensor(kept + rest, dtype=torch.long)
-        self.factored = factored
-        self.survivors = torch.tensor(survivors + rest, dtype=torch.long)
 
 
 def _remember(module: nn.Module, undo: Undo) -> None:
@@ -221,10 +196,17 @@ def _select(tensor: Tensor, index: Mapping[int, Tensor]) -> Tensor:
     return value.contiguous()
 
 
-def _resize(module: nn.Module, name: str, index: dict[int, Tensor]) -> TensorChange:
+def _resize(module: nn.Module, name: str, parts: Mapping[int, Order], init: ImplantInit) -> TensorChange:
     leaf = name.rpartition(".")[2]
     old: Tensor = getattr(module, leaf)
+    index = {dim: part.survivors for dim, part in parts.items()}
     new = _select(old, index)
+    if init is ImplantInit.ZERO:
+        # Silent implants: the columns that read them are zero. With zeros inside the implants, products of two of them
+        # (query and key, gate and up) would never get a gradient.
+        for dim, part in parts.items():
+            silent = torch.isin(part.survivors, part.read_from_implants).nonzero().flatten()
+            new.index_fill_(dim, silent.to(new.device), 0)
     if isinstance(old, nn.Parameter):
         new = nn.Parameter(new, requires_grad=old.requires_grad)
         if old.grad is not None:
@@ -238,7 +220,6 @@ def _implant(
     name: str,
     pairs: Sequence[tuple[Slice, GroupPlan]],
     parts: Mapping[int, Order],
-    init: ImplantInit,
     moments: Mapping[str, Tensor],
     undo: Undo,
 ) -> list[TensorChange]:
@@ -259,16 +240,16 @@ def _implant(
         dtype=old.dtype,
     ).train(module.training)
     if not old.is_meta:
-        rows = _select(old, {out: torch.tensor(parts[out].factored), inp: inputs})
+        rows = _select(old, {out: parts[out].factored, inp: inputs})
         moment = moments.get(name)
         if moment is not None:
             moment = _select(moment, {0: inputs, 1: inputs})
-        up, down = factor_rows(rows.T if out == 1 else rows, rank, init, moment)
+        up, down = factor_rows(rows.T if out == 1 else rows, rank, moment)
         implant.implant_up.data.copy_(up)
         implant.implant_down.data.copy_(down)
         implant.weight.data.copy_(_select(old, index))
     # The bias, still whole or already cut, is taken over as it is: its own slices decide about it.
-    implant.bias = module.bias
+    implant.bias = module.bias if isinstance(module.bias, nn.Parameter) else None
     for parameter in (implant.weight, implant.implant_down, implant.implant_up):
         parameter.requires_grad_(old.requires_grad)
     if old.grad is not None:
@@ -282,33 +263,3 @@ def _implant(
         TensorChange(f"{path}.implant_down", None, implant.implant_down, beside=implant.weight),
         TensorChange(f"{path}.implant_up", None, implant.implant_up, beside=implant.implant_down),
     ]
-
-
-Cuts = Mapping[str, Mapping[int, Sequence[tuple[Slice, GroupPlan]]]]
-
-
-def _segments_left(module: ImplantLinear, path: str, cuts: Cuts) -> list[tuple[int, int]]:
-    """Return the segment sizes of a layer that had its implant before this stage."""
-
-    def left(leaf: str, dim: int, sizes: Sequence[int]) -> list[int]:
-        pairs = cuts.get(f"{path}.{leaf}", {}).get(dim)
-        survivors = Order(pairs, sum(sizes)).survivors if pairs else torch.arange(sum(sizes))
-        bounds = torch.tensor([0, *sizes]).cumsum(0)
-        return [int(((survivors >= a) & (survivors < b)).sum()) for a, b in pairwise(bounds.tolist())]
-
-    kept = left("weight", output_dim(module), [k for k, _ in module.segments])
-    implanted = left("implant_up", 0, [i for _, i in module.segments])
-    return list(zip(kept, implanted, strict=True))
-
-
-def _sync_sizes(module: nn.Module) -> None:
-    """Let the size attributes that torch modules print and check follow their parameters."""
-    if is_projection(module):
-        sizes = module.weight.shape[input_dim(module)], module.weight.shape[output_dim(module)]
-        names = ("nx", "nf") if type(module).__name__ == "Conv1D" else ("in_features", "out_features")
-        for name, size in zip(names, sizes, strict=True):
-            setattr(module, name, size)
-    elif isinstance(module, nn.Embedding):
-        module.num_embeddings, module.embedding_dim = module.weight.shape
-    elif isinstance(module, nn.LayerNorm) and module.weight is not None:
-        module.normalized_shape = tuple(module.weight.shape)

@@ -54,7 +54,7 @@ def _group_problems(g: GroupPlan, modules: dict[str, nn.Module], tensors: dict[s
         elif not tensor.is_floating_point():
             yield f"{s.tensor}: expected floating point numbers, got {tensor.dtype}; prune before quantizing"
         elif not 0 <= s.dim < tensor.dim() or s.offset + group.num_units * s.width > tensor.shape[s.dim]:
-            yield f"{s.tensor}: {group.num_units} units of width {s.width} do not fit dimension {s.dim} of {list(s.shape)}"
+            yield f"{s.tensor}: {group.num_units} units of {s.width} do not fit dimension {s.dim} of {list(s.shape)}"
         elif s.role is not Role.ALIGNED:
             yield from _role_problems(s.tensor, s.role, s.dim, modules)
     for counter in group.counters:
@@ -91,7 +91,7 @@ def _implant_problems(g: GroupPlan) -> Iterator[str]:
         return
     producers = {s.tensor: s for s in g.group.slices if s.role is Role.PRODUCER}
     if not producers:
-        yield f"{g.group.name}: {implanted} units are to be implanted, and the group has no layer that can take an implant"
+        yield f"{g.group.name}: {implanted} units are to be implanted, and no layer of the group can take an implant"
     for name, s in producers.items():
         rows = implanted * sum(t.width for t in g.group.slices if t.tensor == name and t.role is Role.PRODUCER)
         inputs = s.entries_per_unit // s.width
@@ -115,12 +115,14 @@ def _overlaps(stage: Sequence[GroupPlan]) -> Iterator[str]:
 
 def _shared(model: nn.Module, stage: Sequence[GroupPlan]) -> Iterator[str]:
     names: dict[int, list[str]] = defaultdict(list)
-    for name, tensor in model.named_parameters(remove_duplicate=False):
-        names[id(tensor)].append(name)
-    for tensor in {s.tensor for g in stage for s in g.group.slices}:
-        same = [n for names_ in names.values() if tensor in names_ for n in names_]
-        modules = {id(model.get_submodule(n.rpartition(".")[0])) for n in same}
-        if len(modules) > 1:
+    ids: dict[str, int] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names[id(parameter)].append(name)
+        ids[name] = id(parameter)
+    for tensor in {s.tensor for g in stage for s in g.group.slices} & set(ids):
+        same = names[ids[tensor]]
+        # One module under two paths, as in models that share layers, ties nothing.
+        if len({id(model.get_submodule(n.rpartition(".")[0])) for n in same}) > 1:
             yield f"{tensor}: tied to {sorted(set(same) - {tensor})}; untie the weights before pruning"
 
 
@@ -135,7 +137,7 @@ def _torn_layers(stage: Sequence[GroupPlan], modules: dict[str, nn.Module]) -> I
     def count(path: str, leaf: str, dim: int) -> Collection[int]:
         return lost.get((f"{path}.{leaf}", dim), set())
 
-    for path in {name.rpartition(".")[0] for name, _ in lost}:
+    for path in {tensor.rpartition(".")[0] for tensor, _ in lost}:
         module = modules[path]
         if not is_projection(module):
             continue

@@ -6,8 +6,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from hap_hf.config import ImplantInit
-
 
 class ImplantLinear(nn.Module):
     r"""A linear layer whose implanted output features come through a bottleneck.
@@ -17,9 +15,9 @@ class ImplantLinear(nn.Module):
     so the forward pass concatenates and never indexes. Kept weights keep their names ``weight`` and ``bias``: a loader
     that does not know hap_hf then meets wrong shapes and fails, instead of filling the gaps at random.
 
-    Reference: Yu et al., "Hessian-Aware Pruning and Optimal Neural Implant", WACV 2022, describes the transformer implant only as
-    a low-rank one, smaller and less expensive than what it replaces, and its released code has none; factoring the producing rows and leaving
-    the rest of the block as it is is this project's reading.
+    Reference: Yu et al., "Hessian-Aware Pruning and Optimal Neural Implant", WACV 2022, describes the transformer
+    implant only as a low-rank one, smaller and less expensive than what it replaces, and its released code has none.
+    Factoring the producing rows, and leaving the rest of the block as it is, is this project's reading.
 
     Args:
         in_features: Size of the input's last dimension.
@@ -57,6 +55,7 @@ class ImplantLinear(nn.Module):
         self.weight = new(in_features, kept) if transposed else new(kept, in_features)
         self.implant_down = new(rank, in_features)
         self.implant_up = new(implanted, rank)
+        self.bias: nn.Parameter | None
         self.register_parameter("bias", new(self.out_features) if bias else None)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -71,8 +70,8 @@ class ImplantLinear(nn.Module):
         weight = self.weight.T if self.transposed else self.weight
         kept = functional.linear(x, weight)
         implanted = functional.linear(functional.linear(x, self.implant_down), self.implant_up)
-        kept_parts = kept.split([k for k, _ in self.segments], dim=-1)
-        implanted_parts = implanted.split([i for _, i in self.segments], dim=-1)
+        kept_parts = torch.split(kept, [k for k, _ in self.segments], dim=-1)
+        implanted_parts = torch.split(implanted, [i for _, i in self.segments], dim=-1)
         out = torch.cat([part for pair in zip(kept_parts, implanted_parts, strict=True) for part in pair], dim=-1)
         return out if self.bias is None else out + self.bias
 
@@ -91,18 +90,16 @@ class ImplantLinear(nn.Module):
         return f"in_features={self.in_features}, segments={list(self.segments)}, rank={self.rank}"
 
 
-def factor_rows(
-    rows: Tensor, rank: int, init: ImplantInit = ImplantInit.SVD, moment: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def factor_rows(rows: Tensor, rank: int, moment: Tensor | None = None) -> tuple[Tensor, Tensor]:
     r"""Return ``U`` and ``V`` so that ``U V`` stands in for ``rows``.
 
-    With the second moment ``M = E[x x^T] = L L^T`` of the inputs, ``E ||(W - U V) x||^2 = ||(W - U V) L||_F^2``, which the
-    truncated singular value decomposition of ``W L`` minimises (Eckart and Young, 1936). Without a moment, ``L = I``.
+    With the second moment ``M = E[x x^T] = L L^T`` of the inputs, ``E ||(W - U V) x||^2 = ||(W - U V) L||_F^2``, which
+    the truncated singular value decomposition of ``W L`` minimises (Eckart and Young, 1936). Without a moment
+    ``L = I``.
 
     Args:
         rows: The weights to replace, ``[implanted, in_features]``.
         rank: Size of the bottleneck.
-        init: ``zero`` sets ``U`` to zero and leaves ``V`` as for ``svd``, so that the implant is silent but trains.
         moment: Second moment of the inputs, ``[in_features, in_features]``.
 
     Returns:
@@ -120,6 +117,4 @@ def factor_rows(
         u, s, vh = torch.linalg.svd((work @ vectors) * root, full_matrices=False)
         balance = s[:rank].sqrt()
         up, down = u[:, :rank] * balance, balance[:, None] * ((vh[:rank] / root) @ vectors.T)
-    if init is ImplantInit.ZERO:
-        up = torch.zeros_like(up)
     return up.to(rows.dtype), down.to(rows.dtype)

@@ -14,8 +14,8 @@ def carry_optimizer_state_(optimizer: Optimizer, changes: Iterable[TensorChange]
 
     A parameter swapped behind an optimizer's back is never trained again: the optimizer still holds the old tensor.
     State tensors of the parameter's shape (moments, momentum buffers) are cut like the parameter; everything else,
-    such as the step count, is kept. Implant weights join the parameter group of the weight they stand in for, right behind
-    it, and start without state.
+    such as the step count, is kept. Implant weights join the parameter group of the weight they stand in for, right
+    behind it, and start without state.
 
     Args:
         optimizer: A torch optimizer, not a wrapper around one.
@@ -29,7 +29,7 @@ def carry_optimizer_state_(optimizer: Optimizer, changes: Iterable[TensorChange]
             if position is None:
                 continue
             if change.old is None:
-                # Behind the weight, where a fresh optimizer over the pruned model would have it: saved states go by position.
+                # Where a fresh optimizer over the pruned model would have it: saved states go by position.
                 params.insert(position + 1, change.new)
             else:
                 params[position] = change.new

@@ -4,12 +4,13 @@ from torch import nn
 
 from hap_hf.surgery.implant import ImplantLinear
 
-LINEAR_DIMS = {"Linear": (0, 1), "NonDynamicallyQuantizableLinear": (0, 1), "Conv1D": (1, 0)}
-"""Output and input dimension of ``weight`` for each class that surgery may cut, by class name.
+_LINEAR = {nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear}
 
-``Conv1D`` is transformers' transposed linear layer of GPT-2. Subclasses under other names may compute something else with the weight
-and are left alone.
-"""
+
+def _is_conv1d(module: nn.Module) -> bool:
+    # transformers' transposed linear layer of GPT-2, recognised without importing transformers.
+    kind = type(module)
+    return kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils"
 
 
 def is_projection(module: nn.Module) -> bool:
@@ -21,9 +22,8 @@ def is_projection(module: nn.Module) -> bool:
     Returns:
         True for ``nn.Linear``, transformers' ``Conv1D`` and layers with implants.
     """
-    return isinstance(module, ImplantLinear) or (
-        type(module).__name__ in LINEAR_DIMS and isinstance(getattr(module, "weight", None), nn.Parameter)
-    )
+    # Exact types: a subclass may compute something else with the weight (adapters, quantization).
+    return isinstance(module, ImplantLinear) or type(module) in _LINEAR or _is_conv1d(module)
 
 
 def output_dim(module: nn.Module) -> int:
@@ -37,7 +37,7 @@ def output_dim(module: nn.Module) -> int:
     """
     if isinstance(module, ImplantLinear):
         return 1 if module.transposed else 0
-    return LINEAR_DIMS[type(module).__name__][0]
+    return int(_is_conv1d(module))
 
 
 def input_dim(module: nn.Module) -> int:

@@ -1,0 +1,179 @@
+r"""Accuracy against size on one GLUE task: with and without implants, recovered and read back from disk.
+
+The dense model is fine-tuned once. From it every size given with ``--keep`` (shares of the prunable parameters, those
+of heads and feed-forward neurons, that stay) is made twice: by removal alone, and with a share of the cut units
+implanted at the same number of remaining parameters. Each row is one run of ``run_glue_hap.py``, whose flags are all
+accepted here, and its accuracy is that of the reloaded model. Rows are written to ``WORK_DIR/rows.jsonl`` as they are
+done: what was interrupted goes on where it stopped, and a row is made anew only if its flags changed.
+
+    python examples/benchmarks/glue_table.py --work_dir runs/table-mrpc --model_name_or_path ./my-bert \
+        --task_name mrpc --train_file mrpc_train.parquet --validation_file mrpc_validation.parquet \
+        --per_device_train_batch_size 16 --learning_rate 5e-5 --num_train_epochs 3 --recovery_epochs 1 --max_batches 8
+"""
+
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import HfArgumentParser
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where run_glue_hap.py and its modules are
+from glue.settings import PruningArguments
+from glue.tasks import TASKS
+from run_glue_hap import main as run_glue_hap
+
+from hap_hf.plan import IMPLANT, KEEP, GroupPlan, PruningPlan
+
+logger = logging.getLogger("glue_table")
+
+Row = dict[str, Any]
+
+
+def main(argv: Sequence[str] | None = None) -> str:
+    """Make the rows that are missing and print the table.
+
+    Args:
+        argv: The arguments, by default the program's.
+
+    Returns:
+        The table in markdown.
+    """
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work_dir", type=Path, required=True, help="folder for models and results")
+    parser.add_argument("--keep", type=float, nargs="+", default=[0.7, 0.5, 0.3], help="shares of parameters to keep")
+    parser.add_argument("--implant_ratio", type=float, default=0.2, help="implanted share of the cut units")
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads")
+    own, flags = parser.parse_known_args(argv)
+    torch.set_num_threads(own.threads)
+    flags += ["--do_train", "--do_eval", "--save_strategy", "no"]
+    dense_dir = own.work_dir / "dense"
+    # A dense run takes every flag but those about pruning.
+    pruning_flags = HfArgumentParser(PruningArguments, allow_abbrev=False)
+    _, dense_flags = pruning_flags.parse_args_into_dataclasses(
+        flags, return_remaining_strings=True, look_for_args_file=False
+    )
+    rows = _read(own.work_dir / "rows.jsonl")
+    dense = [*dense_flags, "--output_dir", str(dense_dir)]
+    table = [_row(own.work_dir, rows, dense, {"name": "dense"})]
+    for keep in own.keep:
+        for implant_ratio in (0.0, own.implant_ratio):
+            name = f"keep{keep:g}-implant{implant_ratio:g}"
+            changes = {
+                "--model_name_or_path": str(dense_dir),
+                "--num_train_epochs": "0",
+                "--max_steps": "-1",
+                "--target_params": str(keep),
+                "--implant_ratio": str(implant_ratio),
+                "--output_dir": str(own.work_dir / name),
+            }
+            # The last of two equal flags counts.
+            command = [*flags, *(word for flag in changes.items() for word in flag)]
+            about = {"name": name, "keep": keep, "implant_ratio": implant_ratio, "dense": dense}
+            table.append(_row(own.work_dir, rows, command, about))
+    task = flags[flags.index("--task_name") + 1].lower() if "--task_name" in flags else None
+    text = to_markdown(table, TASKS[task].metrics if task is not None else ("accuracy",))
+    (own.work_dir / "table.md").write_text(text, encoding="utf-8")
+    print(text)
+    return text
+
+
+def _read(file: Path) -> list[Row]:
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
+
+
+def _row(work_dir: Path, rows: list[Row], command: list[str], about: Row) -> Row:
+    """Return the row of ``command``, from an earlier run if there is one."""
+    wanted = {**about, "command": command}
+    for row in rows:
+        if all(row.get(key) == value for key, value in wanted.items()):
+            logger.info("%s: done before", about["name"])
+            return row
+    row = {**wanted, "results": run_glue_hap(command), **_structure(Path(command[-1]))}
+    with (work_dir / "rows.jsonl").open("a", encoding="utf-8") as lines:
+        lines.write(json.dumps(row) + "\n")
+    return row
+
+
+def _structure(folder: Path) -> Row:
+    """Return what the plan in a checkpoint's config.json leaves of heads and feed-forward neurons."""
+    slot = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("quantization_config")
+    if slot is None:
+        return {}
+    groups = list(PruningPlan.from_dict(slot["plan"]))
+    units = sum(g.group.num_units * g.group.params_per_unit for g in groups)
+    return {
+        "params_share": sum(g.params for g in groups) / units,
+        "heads": _counts([g for g in groups if g.group.kind == "heads"]),
+        "ffn": _counts([g for g in groups if g.group.kind == "ffn"]),
+    }
+
+
+def _counts(groups: Sequence[GroupPlan]) -> Row:
+    return {
+        "groups": len(groups),
+        "units": sum(g.group.num_units for g in groups),
+        "kept": sum(g.actions.count(KEEP) for g in groups),
+        "implanted": sum(g.actions.count(IMPLANT) for g in groups),
+    }
+
+
+def to_markdown(rows: Sequence[Row], metrics: Sequence[str]) -> str:
+    """Return the rows as a table.
+
+    Args:
+        rows: The dense row and the pruned ones.
+        metrics: Names of the metrics to show, as percentages.
+
+    Returns:
+        The table in markdown.
+    """
+    names = " / ".join(metrics)
+    head = [
+        "prunable parameters kept",
+        "implants",
+        f"{names} after pruning",
+        f"{names} after recovery, reloaded",
+        "parameters, M",
+        "MACs a sample, M",
+        "scoring, s",
+        "heads",
+        "mean FFN width",
+    ]
+    lines = [head, ["---"] * len(head)]
+    for row in rows:
+        results = row["results"]
+
+        def scores(stage: str, results: Row = results) -> str:
+            return " / ".join(f"{100 * results[f'{stage}_{name}']:.1f}" for name in metrics)
+
+        if "keep" not in row:
+            pruned = next((r["results"] for r in rows if "keep" in r), None)
+            size = [f"{pruned[f'dense_{what}'] / 1e6:.2f}" for what in ("params", "macs")] if pruned else ["", ""]
+            lines.append(["100% (dense)", "", "", scores("eval"), *size, "", "", ""])
+            continue
+        heads, ffn = row["heads"], row["ffn"]
+        lines.append([
+            f"{100 * row['params_share']:.1f}%",
+            f"{row['implant_ratio']:g} of the cut" if row["implant_ratio"] else "none",
+            scores("pruned"),
+            scores("eval"),
+            f"{results['pruned_params'] / 1e6:.2f}",
+            f"{results['pruned_macs'] / 1e6:.0f}",
+            f"{results['scoring_seconds']:.0f}",
+            _share(heads["kept"], heads["implanted"], heads["units"]),
+            _share(ffn["kept"] / ffn["groups"], ffn["implanted"] / ffn["groups"], ffn["units"] / ffn["groups"]),
+        ])
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + "\n"
+
+
+def _share(kept: float, implanted: float, units: float) -> str:
+    return f"{kept:.0f}{f' + {implanted:.0f} implanted' if implanted else ''} of {units:.0f}"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""The parts of ``run_glue_hap.py``: command line, data, metrics and the stages of a run."""

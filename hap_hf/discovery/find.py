@@ -1,0 +1,119 @@
+"""Finding the groups of a model."""
+
+import inspect
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from hap_hf.curvature.state import preserved
+from hap_hf.discovery.families import find_candidates
+from hap_hf.discovery.record import batch_size, few_samples, move_to_model, record
+from hap_hf.discovery.trial import accept
+from hap_hf.errors import BatchError, UnsupportedModelError
+from hap_hf.group import Group
+from hap_hf.surgery.projection import is_projection
+
+logger = logging.getLogger(__name__)
+
+
+def find_groups(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Group, ...]:
+    """Return every attention head and FFN neuron that can be removed from ``model``.
+
+    A unit is what shares no weight with its neighbours: under grouped queries a key/value head with its query heads,
+    with a relative position table shared by all layers the same head of every layer. Anything whose removal would not
+    equal masking it, to the precision of the model's dtype, is left whole and named in a log line.
+
+    Args:
+        model: The model, which is left as found. It must not be wrapped, compiled or quantized.
+        batch: Keyword arguments of its forward, as a collator gives them; two samples are used.
+
+    Returns:
+        The groups in the order in which the model runs.
+
+    Raises:
+        UnsupportedModelError: If the model is wrapped, compiled, quantized or on ``meta``, or nothing is found.
+        BatchError: If ``batch`` is no mapping with tensors.
+    """
+    check_bare(model)
+    if not isinstance(batch, Mapping) or not any(isinstance(v, Tensor) for v in batch.values()):
+        raise BatchError(
+            "expected a batch as a mapping of argument names to tensors, as a Hugging Face collator gives it, "
+            f"got {type(batch)}"
+        )
+    example = few_samples(move_to_model(model, batch))
+    if "use_cache" in inspect.signature(model.forward).parameters:
+        example["use_cache"] = False
+    core_macs = _macs_outside_projections(model, example)
+    with record(model, example) as recording:
+        candidates = find_candidates(model, recording, core_macs)
+    groups = accept(model, example, candidates)
+    if not groups:
+        raise UnsupportedModelError(
+            f"found nothing to remove in {type(model).__name__}: looked for attention heads (query, key, "
+            "value and output projections whose channels fall into two heads or more) and FFN neurons (two linear "
+            "layers with only elementwise operations between them) among "
+            f"{len(recording.projections)} linear layers, and had "
+            f"{len(candidates)} candidates, none of which gave the masked model's output when removed; "
+            "logging.getLogger('hap_hf') at level INFO names each"
+        )
+    held = {s.tensor.rpartition(".")[0] for g in groups for s in g.slices}
+    whole = sorted(set(recording.projections) - held)
+    if whole:
+        logger.info("left whole: %d linear layers outside of any group: %s", len(whole), ", ".join(whole))
+    return tuple(groups)
+
+
+def check_bare(model: nn.Module) -> None:
+    """Check that ``model`` is the bare float model, not something around it.
+
+    Args:
+        model: The model.
+
+    Raises:
+        UnsupportedModelError: If it is wrapped, compiled, quantized or without storage.
+    """
+    wrappers = ("DataParallel", "DistributedDataParallel", "FullyShardedDataParallel", "DeepSpeedEngine")
+    name = type(model).__name__
+    if name in wrappers:
+        raise UnsupportedModelError(
+            f"got a model wrapped in {name}; prune the model inside it (model.module) before wrapping"
+        )
+    if isinstance(model, torch._dynamo.eval_frame.OptimizedModule):
+        raise UnsupportedModelError("got a compiled model; prune the original, then call torch.compile on the result")
+    if getattr(model, "hf_quantizer", None) is not None or getattr(model, "is_quantized", False):
+        raise UnsupportedModelError(f"got a quantized {name}; prune in floating point first, then quantize the result")
+    if getattr(model, "peft_config", None) or getattr(model, "_hf_peft_config_loaded", False):
+        raise UnsupportedModelError(
+            f"got a {name} with live adapters; merge them first (model.merge_and_unload()), or prune first and add "
+            "adapters to the result"
+        )
+    tensors = dict(model.named_parameters())
+    if not tensors:
+        raise UnsupportedModelError(f"{name} has no parameters")
+    for path, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            raise UnsupportedModelError(f"{path} holds {tensor.dtype}: prune in floating point first, then quantize")
+        if tensor.is_meta:
+            raise UnsupportedModelError(f"{path} is on the meta device and has no values; load the weights first")
+
+
+def _macs_outside_projections(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, float]:
+    """Return for each module the multiply-accumulates per sample that its projections do not account for."""
+    counter = FlopCounterMode(display=False)
+    # The math kernel, so that attention products are matrix products and get counted.
+    with preserved(model), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
+        model(**batch)
+    totals = {key: sum(ops.values()) for key, ops in counter.get_flop_counts().items()}
+    root = type(model).__name__
+    result = {}
+    projections = [n for n, m in model.named_modules() if is_projection(m)]
+    for name, _ in model.named_modules():
+        inside = sum(totals.get(f"{root}.{p}", 0) for p in projections if p.startswith(f"{name}." if name else ""))
+        total = totals.get(f"{root}.{name}" if name else root, 0)
+        result[name] = (total - inside) / 2 / batch_size(batch)
+    return result

@@ -1,0 +1,89 @@
+"""Where the tensors of a projection hold its input and output features."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from hap_hf.surgery.implant import ImplantLinear
+from hap_hf.surgery.projection import output_dim
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Consecutive features of a projection and where one of its tensors holds them.
+
+    Args:
+        tensor: Name of the tensor within the module.
+        dim: Dimension along which the features lie.
+        first_feature: First feature of the run.
+        size: Number of features.
+        first_index: Index of the first feature along ``dim``.
+    """
+
+    tensor: str
+    dim: int
+    first_feature: int
+    size: int
+    first_index: int
+
+
+def output_segments(module: nn.Module) -> list[Segment]:
+    """Return where the output features of a projection are stored.
+
+    Args:
+        module: A projection.
+
+    Returns:
+        Segments of its weight matrices and bias.
+    """
+    out = output_dim(module)
+    weight = module.get_parameter("weight")
+    result = []
+    if isinstance(module, ImplantLinear):
+        feature = kept = implanted = 0
+        for num_kept, num_implanted in module.segments:
+            result.append(Segment("weight", out, feature, num_kept, kept))
+            result.append(Segment("implant_up", 0, feature + num_kept, num_implanted, implanted))
+            feature, kept, implanted = feature + num_kept + num_implanted, kept + num_kept, implanted + num_implanted
+        size = feature
+    else:
+        size = weight.shape[out]
+        result.append(Segment("weight", out, 0, size, 0))
+    if module.bias is not None:
+        result.append(Segment("bias", 0, 0, size, 0))
+    return result
+
+
+def input_segments(module: nn.Module) -> list[Segment]:
+    """Return where the input features of a projection are stored.
+
+    Args:
+        module: A projection.
+
+    Returns:
+        Segments of its weight matrices.
+    """
+    inp = 1 - output_dim(module)
+    result = [Segment("weight", inp, 0, module.get_parameter("weight").shape[inp], 0)]
+    if isinstance(module, ImplantLinear):
+        result.append(Segment("implant_down", 1, 0, module.implant_down.shape[1], 0))
+    return result
+
+
+def runs(indices: Sequence[int]) -> list[tuple[int, int]]:
+    """Return ascending ``indices`` as runs of consecutive ones.
+
+    Args:
+        indices: Ascending integers.
+
+    Returns:
+        First index and length of each run.
+    """
+    result: list[tuple[int, int]] = []
+    for i in indices:
+        if result and result[-1][0] + result[-1][1] == i:
+            result[-1] = (result[-1][0], result[-1][1] + 1)
+        else:
+            result.append((i, 1))
+    return result

@@ -1,0 +1,235 @@
+"""Rebuilding a pruned model inside ``from_pretrained``, while it has no storage yet.
+
+transformers has one place in which a checkpoint may say that its modules differ from what its config describes, and one
+mechanism that reads it in time: ``quantization_config`` and the quantizer registered for its ``quant_method``.
+Importing this module registers ``"hap"``. A loaded model is then stripped of every sign of quantization: it is an
+ordinary model with fewer weights, and only its config still carries the plan.
+"""
+
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
+from itertools import islice
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from hap_hf.errors import ConfigError, PlanFormatError, PlanMismatchError
+from hap_hf.plan import GroupPlan, PruningPlan
+from hap_hf.surgery import apply_plan_
+
+logger = logging.getLogger(__name__)
+
+QUANT_METHOD = "hap"
+ALIGNMENT = 64  # bytes, as torch allocates on the CPU
+
+
+@register_quantization_config(QUANT_METHOD)
+class HapPlanConfig(QuantizationConfigMixin):
+    """The ``quantization_config`` entry of a pruned model's ``config.json``.
+
+    Args:
+        plan: The plan.
+    """
+
+    quant_method: Any = QUANT_METHOD
+
+    def __init__(self, plan: PruningPlan) -> None:
+        """Hold the plan."""
+        self.plan = plan
+
+    @classmethod
+    def from_dict(cls, config_dict: Mapping[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """Return the entry that ``to_dict`` described, after checking every value of it.
+
+        Args:
+            config_dict: The parsed JSON entry, from a source that need not be trusted.
+            return_unused_kwargs: Also return ``kwargs``; part of transformers' interface.
+            **kwargs: Never used here.
+
+        Returns:
+            The entry, and ``kwargs`` where asked for.
+
+        Raises:
+            PlanFormatError: If an entry is missing, unknown or malformed.
+        """
+        if set(config_dict) != {"quant_method", "plan"}:
+            raise PlanFormatError(
+                "the quantization_config of a pruned model must hold quant_method and plan and nothing else, got "
+                f"{sorted(str(key)[:40] for key in config_dict)[:10]}; take config.json from the save of the weights"
+            )
+        entry = cls(PruningPlan.from_dict(config_dict["plan"]))
+        return (entry, kwargs) if return_unused_kwargs else entry
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the entry as plain JSON values."""
+        return {"quant_method": QUANT_METHOD, "plan": self.plan.to_dict()}
+
+
+@register_quantizer(QUANT_METHOD)
+class HapQuantizer(HfQuantizer):
+    """The hooks through which ``from_pretrained`` rebuilds a pruned model; quantizes nothing.
+
+    Args:
+        quantization_config: The entry of ``config.json``.
+        **kwargs: ``pre_quantized``, from transformers.
+    """
+
+    def __init__(self, quantization_config: HapPlanConfig, **kwargs: Any) -> None:
+        """Take over the plan of the entry.
+
+        Raises:
+            ConfigError: If the entry came as an argument and not from the checkpoint's config.
+        """
+        super().__init__(quantization_config, **kwargs)
+        if not self.pre_quantized:
+            raise ConfigError(
+                "expected the checkpoint of a pruned model, got a dense one and a plan as quantization_config; "
+                "load the model without it and call hap_hf.apply_plan_(model, plan)"
+            )
+        # Without this method transformers leaves renamed tensors of pre-quantized checkpoints in their stored dtype.
+        self.pre_quantized = hasattr(HfQuantizer, "get_new_dtype")
+        self.plan = quantization_config.plan
+        self._shapes: dict[str, list[int]] = {}
+        self._cut: set[str] = set()
+
+    def is_serializable(self) -> bool:
+        """Return True: a pruned model is saved like any other."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """True: a pruned model is trained like any other."""
+        return True
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        self.plan = _fit_to_class(self.plan, model)
+        with torch.device("cpu"):  # transformers makes meta the default here, and indices must have values
+            apply_plan_(model, self.plan)
+        self._shapes = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+        self._cut = {_owner(s.tensor) for g in self.plan for s in g.group.slices}
+        self._refuse(self._stored_otherwise(kwargs.get("checkpoint_files") or (), f"{model.base_model_prefix}."))
+        return model
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        self._refuse(self._not_loaded(model))
+        _align(model)
+        for name in ("hf_quantizer", "quantization_method", "is_quantized"):
+            model.__dict__.pop(name, None)
+        for module in model.modules():
+            if isinstance(module, PreTrainedModel):
+                module.config.__dict__.pop("_is_quantized", None)
+        # A plain dict, as AutoConfig reads it: from_pretrained(..., config=model.config) takes nothing else.
+        model.config.quantization_config = HapPlanConfig(self.plan).to_dict()
+        return model
+
+    def _refuse(self, wrong: Iterable[str]) -> None:
+        listed = list(islice(wrong, 20))
+        if listed:
+            raise PlanMismatchError(
+                "the checkpoint's weights are not those that the plan in its config.json describes, and pruned weights "
+                "are never initialised anew, not with ignore_mismatched_sizes either; take both from one save:\n  "
+                + "\n  ".join(listed)
+            )
+
+    def _stored_otherwise(self, files: Iterable[str], prefix: str) -> Iterator[str]:
+        """Yield a sentence for each cut tensor that a file lists in another shape, if under the model's name for it."""
+        for file in (f for f in files if str(f).endswith(".safetensors")):
+            with safe_open(file, framework="pt") as stored:
+                for key in list(stored.keys()):
+                    for name in {key, key.removeprefix(prefix), prefix + key} & self._shapes.keys():
+                        shape = list(stored.get_slice(key).get_shape())
+                        if _owner(name) in self._cut and shape != self._shapes[name]:
+                            yield f"{name}: expected shape {self._shapes[name]}, got {shape}"
+
+    def _not_loaded(self, model: PreTrainedModel) -> Iterator[str]:
+        """Yield a sentence for each tensor that did not come from the checkpoint in the shape it should have."""
+        base = f"{model.base_model_prefix}." if hasattr(model, model.base_model_prefix) else ""
+        for name, tensor in model.state_dict(keep_vars=True).items():
+            # What the plan leaves alone may be new, as a head is, but not in numbered layers: plans may leave some out.
+            numbered = name.startswith(base) and any(part.isdigit() for part in name.split("."))
+            if list(tensor.shape) != self._shapes[name]:
+                yield f"{name}: expected shape {self._shapes[name]}, got {list(tensor.shape)}"
+            # transformers marks what it loaded. Offloaded tensors are read, and their shapes checked, at each use.
+            elif (
+                (numbered or _owner(name) in self._cut)
+                and not tensor.is_meta
+                and not getattr(tensor, "_is_hf_initialized", False)
+            ):
+                yield f"{name}: expected shape {self._shapes[name]}, got none of that name and shape"
+
+
+def _fit_to_class(plan: PruningPlan, model: PreTrainedModel) -> PruningPlan:
+    """Return ``plan`` with the names that its modules have in a model of this class.
+
+    A base model lacks the prefix that its modules have inside a task model. Groups of which the class has nothing, such
+    as the decoder's in a model that is only the encoder, are left out; the weights then tell whether that was right.
+
+    Args:
+        plan: The plan, as it was recorded.
+        model: The model to be pruned.
+
+    Returns:
+        The plan with other names.
+
+    Raises:
+        PlanMismatchError: If the model has none of the modules.
+    """
+    prefix = f"{model.base_model_prefix}."
+    modules = {name for name, _ in model.named_modules()}
+    owners = {_owner(s.tensor) for g in plan for s in g.group.slices}
+
+    def unchanged(name: str) -> str:
+        return name
+
+    def shortened(name: str) -> str:
+        return name.removeprefix(prefix)
+
+    def lengthened(name: str) -> str:
+        return prefix + name
+
+    rename = max((unchanged, shortened, lengthened), key=lambda f: sum(f(name) in modules for name in owners))
+    renamed = ([_rename(g, rename) for g in stage] for stage in plan.stages)
+    stages = tuple(
+        tuple(g for g in stage if not modules.isdisjoint(_owner(s.tensor) for s in g.group.slices)) for stage in renamed
+    )
+    if owners and not any(stages):
+        raise PlanMismatchError(
+            f"the plan in config.json prunes modules such as {min(owners)!r}, and this {type(model).__name__} has none "
+            "of them; it was made for another model"
+        )
+    left_out = sum(map(len, plan.stages)) - sum(map(len, stages))
+    if left_out:
+        logger.info("%d pruned groups of the checkpoint have no place in %s", left_out, type(model).__name__)
+    return replace(plan, stages=stages)
+
+
+def _rename(plan: GroupPlan, rename: Callable[[str], str]) -> GroupPlan:
+    group = replace(
+        plan.group,
+        name=rename(plan.group.name),
+        slices=tuple(replace(s, tensor=rename(s.tensor)) for s in plan.group.slices),
+        counters=tuple(replace(c, attribute=rename(c.attribute)) for c in plan.group.counters),
+    )
+    return replace(plan, group=group, ranks={rename(name): rank for name, rank in plan.ranks.items()})
+
+
+def _align(model: nn.Module) -> None:
+    """Give weights that lie at odd addresses of a mapped file memory of their own.
+
+    Cut tensors have odd sizes and throw all that follow them in the file out of line. Matrix products then take slower
+    paths that also round differently: logits would differ from the saved model's in the last bits.
+    """
+    for tensor in model.state_dict(keep_vars=True).values():
+        if type(tensor) in {torch.Tensor, nn.Parameter} and tensor.is_cpu and tensor.data_ptr() % ALIGNMENT:
+            tensor.data = tensor.data.clone()
+
+
+def _owner(name: str) -> str:
+    return name.rpartition(".")[0]

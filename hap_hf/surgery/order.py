@@ -1,0 +1,42 @@
+"""The new order of the indices of a tensor dimension."""
+
+from collections.abc import Sequence
+
+import torch
+
+from hap_hf.group import Role, Slice
+from hap_hf.plan import IMPLANT, KEEP, GroupPlan
+
+
+class Order:
+    """The new order of the indices of one dimension.
+
+    Args:
+        pairs: Slices along the dimension with the plans of their groups.
+        size: Size of the dimension.
+    """
+
+    def __init__(self, pairs: Sequence[tuple[Slice, GroupPlan]], size: int) -> None:
+        self.segments: list[tuple[int, int]] = []
+        kept: list[int] = []
+        factored: list[int] = []
+        read: list[int] = []
+        survivors: list[int] = []
+        position = 0
+        for s, g in sorted(pairs, key=lambda pair: pair[0].offset):
+            whole = [i for u in g.units(KEEP) for i in s.indices(u)]
+            implanted = [i for u in g.units(IMPLANT) for i in s.indices(u)]
+            before = list(range(position, s.offset))
+            kept += before + whole
+            factored += implanted
+            read += implanted if s.role is Role.CONSUMER else []
+            survivors += before + whole + implanted
+            self.segments.append((len(before) + len(whole), len(implanted)))
+            position = s.offset + g.group.num_units * s.width
+        rest = list(range(position, size))
+        if rest:
+            self.segments.append((len(rest), 0))
+        self.kept = torch.tensor(kept + rest, dtype=torch.long)
+        self.factored = torch.tensor(factored, dtype=torch.long)
+        self.read_from_implants = torch.tensor(read, dtype=torch.long)
+        self.survivors = torch.tensor(survivors + rest, dtype=torch.long)

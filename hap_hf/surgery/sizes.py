@@ -1,0 +1,56 @@
+"""Size attributes of modules that follow their parameters."""
+
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+
+import torch
+from torch import nn
+
+from hap_hf.group import Slice
+from hap_hf.plan import GroupPlan
+from hap_hf.surgery.implant import ImplantLinear
+from hap_hf.surgery.order import Order
+from hap_hf.surgery.projection import input_dim, is_projection, output_dim
+
+Cuts = Mapping[str, Mapping[int, Sequence[tuple[Slice, GroupPlan]]]]
+
+
+def segments_left(module: ImplantLinear, path: str, cuts: Cuts) -> list[tuple[int, int]]:
+    """Return the segment sizes of a layer that had its implant before this stage.
+
+    Args:
+        module: The layer.
+        path: Its name.
+        cuts: Slices of the stage, with their plans, by tensor and dimension.
+
+    Returns:
+        Kept and implanted features of each segment after the stage.
+    """
+
+    def left(leaf: str, dim: int, sizes: Sequence[int]) -> list[int]:
+        pairs = cuts.get(f"{path}.{leaf}", {}).get(dim)
+        survivors = Order(pairs, sum(sizes)).survivors if pairs else torch.arange(sum(sizes))
+        bounds = torch.tensor([0, *sizes]).cumsum(0)
+        return [int(((survivors >= a) & (survivors < b)).sum()) for a, b in pairwise(bounds.tolist())]
+
+    kept = left("weight", output_dim(module), [k for k, _ in module.segments])
+    implanted = left("implant_up", 0, [i for _, i in module.segments])
+    return list(zip(kept, implanted, strict=True))
+
+
+def sync_sizes(module: nn.Module) -> None:
+    """Let the size attributes that torch modules print and check follow their parameters.
+
+    Args:
+        module: A module whose parameters were cut.
+    """
+    if is_projection(module):
+        weight = module.get_parameter("weight")
+        sizes = weight.shape[input_dim(module)], weight.shape[output_dim(module)]
+        names = ("nx", "nf") if type(module).__name__ == "Conv1D" else ("in_features", "out_features")
+        for name, size in zip(names, sizes, strict=True):
+            setattr(module, name, size)
+    elif isinstance(module, nn.Embedding):
+        module.num_embeddings, module.embedding_dim = module.weight.shape
+    elif isinstance(module, nn.LayerNorm) and module.weight is not None:
+        module.normalized_shape = tuple(module.weight.shape)
