@@ -91,7 +91,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     file = Path(args.output_dir, "all_results.json")
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(results, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    logger.info("results in %s", file)
+    shown = ("accuracy", "f1", "correlation", "pearson", "spearmanr", "mse", "params", "macs", "seconds")
+    summary = [f"{name} {value:.6g}" for name, value in results.items() if any(word in name for word in shown)]
+    logger.info("results in %s: %s", file, ", ".join(summary))
     return results
 
 

@@ -31,41 +31,27 @@ def record_plan(model: nn.Module, plan: PruningPlan) -> None:
     """
     if not isinstance(model, PreTrainedModel):
         return
-    composed = check_recordable(model, plan)
-    wrong = _misdescribed(model, composed)
-    if wrong:
-        raise PlanMismatchError(
-            f"the plan does not describe this {type(model).__name__}; record it right after applying it, and build new "
-            "models from a config without the quantization_config of a pruned one:\n  " + "\n  ".join(wrong[:20])
-        )
+    composed = _compose(model, plan)
+    _check_described(model, composed)
     model.config.quantization_config = HapPlanConfig(composed).to_dict()
 
 
-def check_recordable(model: nn.Module, plan: PruningPlan | None = None) -> PruningPlan:
+def check_recordable(model: nn.Module, plan: PruningPlan | None = None) -> None:
     """Check that ``plan`` can be recorded, before anything is done.
 
     Args:
         model: The model, pruned before or not.
         plan: What would be done to it next; nothing by default.
 
-    Returns:
-        The plan recorded so far followed by ``plan``.
-
     Raises:
         ConfigError: If the config's ``quantization_config`` is taken by something else.
         PlanFormatError: If the composed plan is larger than a checkpoint may carry.
+        PlanMismatchError: If the model is not what the plan recorded so far describes.
     """
-    slot = _slot_of(model)
-    if slot is not None and _method_of(slot) != QUANT_METHOD:
-        raise ConfigError(
-            f"expected a model without quantization, got a {type(model).__name__} whose config.quantization_config has "
-            f"quant_method {str(_method_of(slot))!r}; a checkpoint has room for one, so prune first and quantize a copy"
-        )
+    _compose(model, plan or PruningPlan(()))
     before = plan_of(model)
-    composed = PruningPlan(()) if plan is None else plan
     if before is not None:
-        composed = before.then(composed)
-    return PruningPlan.from_dict(composed.to_dict())  # what could not be read back must not be written
+        _check_described(model, before)
 
 
 def plan_of(model: nn.Module) -> PruningPlan | None:
@@ -127,21 +113,65 @@ def save_pruned(
         model.config = own
 
 
-def _misdescribed(model: nn.Module, plan: PruningPlan) -> list[str]:
-    """Return a sentence for each tensor that has another shape than ``plan`` leaves it with."""
+def _compose(model: nn.Module, plan: PruningPlan) -> PruningPlan:
+    """Return the plan recorded so far followed by ``plan``.
+
+    Args:
+        model: The model, pruned before or not.
+        plan: The next stages.
+
+    Returns:
+        The composed plan.
+
+    Raises:
+        ConfigError: If the config's ``quantization_config`` is taken by something else.
+    """
+    slot = _slot_of(model)
+    if slot is not None and _method_of(slot) != QUANT_METHOD:
+        raise ConfigError(
+            f"expected a model without quantization, got a {type(model).__name__} whose config.quantization_config has "
+            f"quant_method {str(_method_of(slot))!r}; a checkpoint has room for one, so prune first and quantize a copy"
+        )
+    before = plan_of(model)
+    composed = plan if before is None else before.then(plan)
+    return PruningPlan.from_dict(composed.to_dict())  # what could not be read back must not be written
+
+
+def _check_described(model: nn.Module, plan: PruningPlan) -> None:
+    """Check that every tensor has the shape that ``plan`` leaves it with.
+
+    Args:
+        model: The model.
+        plan: Everything that was done to it.
+
+    Raises:
+        PlanMismatchError: If one has not, or if a stage expects other shapes than the one before left.
+    """
     left: dict[str, list[int]] = {}
+    wrong: list[str] = []
+
+    def compare(name: str, expected: list[int], got: list[int] | None) -> None:
+        if expected != got:
+            wrong.append(f"{name}: expected shape {expected}, got {got}")
+
     for stage in plan.stages:
-        left |= {s.tensor: list(s.shape) for g in stage for s in g.group.slices}
+        for name, shape in {s.tensor: list(s.shape) for g in stage for s in g.group.slices}.items():
+            compare(name, left.get(name, shape), shape)
+            left[name] = shape
         for g in stage:
             for s in g.group.slices:
                 factored = s.role is Role.PRODUCER and s.tensor in g.ranks
                 gone = g.actions.count(PRUNE) + (g.actions.count(IMPLANT) if factored else 0)
                 left[s.tensor][s.dim] -= gone * s.width
     tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
-    found = {name: list(tensors[name].shape) if name in tensors else None for name in left}
-    return [
-        f"{name}: expected shape {shape}, got {found[name]}" for name, shape in left.items() if shape != found[name]
-    ]
+    for name, shape in left.items():
+        compare(name, shape, list(tensors[name].shape) if name in tensors else None)
+    if wrong:
+        raise PlanMismatchError(
+            f"the recorded plan does not describe this {type(model).__name__}; record a plan right after applying it, "
+            "and build new models from a config without the quantization_config of a pruned one:\n  "
+            + "\n  ".join(wrong[:20])
+        )
 
 
 def _slot_of(model: nn.Module) -> Any:

@@ -153,15 +153,15 @@ class HapQuantizer(HfQuantizer):
         base = f"{model.base_model_prefix}." if hasattr(model, model.base_model_prefix) else ""
         for name, tensor in model.state_dict(keep_vars=True).items():
             # What the plan leaves alone may be new, as a head is, but not in numbered layers: plans may leave some out.
-            numbered = name.startswith(base) and any(part.isdigit() for part in name.split("."))
-            if list(tensor.shape) != self._shapes[name]:
-                yield f"{name}: expected shape {self._shapes[name]}, got {list(tensor.shape)}"
+            layers = isinstance(tensor, nn.Parameter) and name.startswith(base)
+            numbered = layers and any(part.isdigit() for part in name.split("."))
+            fixed = numbered or _owner(name) in self._cut
             # transformers marks what it loaded. Offloaded tensors are read, and their shapes checked, at each use.
-            elif (
-                (numbered or _owner(name) in self._cut)
-                and not tensor.is_meta
-                and not getattr(tensor, "_is_hf_initialized", False)
-            ):
+            loaded = tensor.is_meta or getattr(tensor, "_is_hf_initialized", False)
+            if list(tensor.shape) != self._shapes[name]:
+                hint = "" if fixed else "; a head of another size needs transformers 5.23 or newer"
+                yield f"{name}: expected shape {self._shapes[name]}, got {list(tensor.shape)}{hint}"
+            elif fixed and not loaded:
                 yield f"{name}: expected shape {self._shapes[name]}, got none of that name and shape"
 
 

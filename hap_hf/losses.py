@@ -44,8 +44,8 @@ def batch_losses(
         with autocast():
             return loss_fn(model, batch)
 
-    # transformers' name of a loss that compares token t with the logits of token t - 1
-    shifted = getattr(model, "loss_type", None) == "ForCausalLM"
+    # transformers, too, tells by the class's name which models compare token t with the logits of token t - 1
+    shifted = type(model).__name__.endswith(("ForCausalLM", "LMHeadModel"))
     for index, batch in enumerate(batches):
         if not isinstance(batch, Mapping):
             raise BatchError(
@@ -84,7 +84,7 @@ def count_loss_terms(batch: Mapping[str, Any], *, shifted: bool = False) -> int:
 
     Integer labels: those that are not -100, one a sample or one a token. Floating-point labels (regression, several
     labels a sample): the samples, ``labels.shape[0]``. Without ``"labels"``, as for question answering: the samples of
-    the first tensor.
+    the first tensor. A mean over several values a sample has proportionally more terms, which changes no weight.
 
     Args:
         batch: Keyword arguments of a model's forward.

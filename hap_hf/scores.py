@@ -217,6 +217,7 @@ def _by_hessian(
     config: HapConfig,
     loss_fn: LossFunction,
 ) -> Scores:
+    _check_attention(model)
     half = config.precision is Precision.FP16 or any(t.dtype == torch.float16 for t in units.tensors.values())
     device = next(model.parameters()).device.type
     num_batches = min(length_hint(batches), config.max_batches or length_hint(batches))
@@ -249,6 +250,17 @@ def _by_hessian(
         num_loss_terms=estimate.num_terms,
         seconds=0.0,
     )
+
+
+def _check_attention(model: nn.Module) -> None:
+    # Foreign kernels return gradients without a graph: their curvature would be missing, and nothing would tell.
+    for module in model.modules():
+        attention = getattr(getattr(module, "config", None), "_attn_implementation", None)
+        if attention not in {None, "eager", "sdpa"}:
+            raise UnsupportedModelError(
+                f"{type(module).__name__} uses attention {attention!r}, which may not be differentiable twice; call "
+                "model.set_attn_implementation('sdpa') or load the model with attn_implementation='sdpa'"
+            )
 
 
 def _by_magnitude(

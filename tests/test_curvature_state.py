@@ -1,10 +1,10 @@
 """Whatever happens inside the block, the model is left exactly as found."""
 
 import copy
-from typing import Any
 
 import pytest
 import torch
+from scored_models import snapshot
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
@@ -23,21 +23,6 @@ def model_in_an_uneven_state() -> nn.Module:
     model[3].weight.grad = torch.ones(2, 4)
     model.register_buffer("none", None)
     return model
-
-
-def snapshot(model: nn.Module) -> dict[str, Any]:
-    """Return everything that must not change, with identities."""
-    return {
-        "training": [m.training for m in model.modules()],
-        "requires_grad": [p.requires_grad for p in model.parameters()],
-        "grad ids": [id(p.grad) for p in model.parameters()],
-        "grads": [None if p.grad is None else p.grad.tolist() for p in model.parameters()],
-        "parameters": [(id(p), p.tolist()) for p in model.parameters()],
-        "buffers": [
-            (n, id(b), None if b is None else b.tolist()) for m in model.modules() for n, b in m._buffers.items()
-        ],
-        "random state": torch.get_rng_state().tolist(),
-    }
 
 
 def disturb(model: nn.Module) -> None:

@@ -11,17 +11,20 @@ import hap_hf
 
 PACKAGE = Path(hap_hf.__file__).parent
 LAYERS = [
-    {"errors", "version"},
+    {"errors", "version", "tables"},
     {"group"},
     {"config", "untrusted"},
     {"plan", "curvature"},
     {"surgery"},
     {"discovery"},
     {"losses"},
-    {"scores"},
+    {"scores", "size"},
+    {"ranking"},
+    {"budget"},
     {"rounds", "selection", "report"},
-    {"loading", "checkpoint"},
-    {"vanilla", "legacy", "pipeline"},
+    {"loading", "vanilla"},
+    {"checkpoint"},
+    {"legacy", "pipeline"},
     {"trainer"},
     {"__init__"},
 ]

@@ -1,66 +1,13 @@
-"""The GLUE example: what its flags do, what it computes, and what it says to bad input."""
+"""The GLUE example: what its runs and its table compute."""
 
-import dataclasses
 import json
-import logging
 from pathlib import Path
-from typing import Any
 
-import evaluate
 import numpy as np
 import pytest
-import run_glue_hap
-import torch
 from benchmarks import glue_table
-from datasets import Dataset
-from glue.metrics import make_metric
-from glue.settings import parse
 from glue.tasks import TASKS
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, EvalPrediction
-
-from hap_hf import HapConfig
-from hap_hf.errors import ConfigError
-
-WORDS = ["good", "bad", "film", "play", "the", "a", "was", "is", "very", "not"]
-
-
-def sentences(count: int, seed: int) -> list[str]:
-    generator = np.random.default_rng(seed)
-    return [" ".join(generator.choice(WORDS, size=generator.integers(3, 9))) for _ in range(count)]
-
-
-def pairs(
-    count: int = 24, seed: int = 0, columns: tuple[str, str] = ("sentence1", "sentence2")
-) -> dict[str, list[Any]]:
-    first, second = sentences(count, seed), sentences(count, seed + 100)
-    labels = [int("good" in a.split()) for a in first]
-    return {columns[0]: first, columns[1]: second, "label": labels, "idx": list(range(count))}
-
-
-def write(table: dict[str, list[Any]], file: Path) -> Path:
-    writers = {"parquet": "to_parquet", "csv": "to_csv", "json": "to_json", "jsonl": "to_json"}
-    getattr(Dataset.from_dict(table), writers[file.suffix[1:]])(file)
-    return file
-
-
-def build_model(folder: Path, *, head: bool = False, **config: Any) -> Path:
-    torch.manual_seed(0)
-    specials = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    folder.mkdir()
-    (folder / "vocab.txt").write_text("\n".join(specials + WORDS), encoding="utf-8")
-    AutoTokenizer.from_pretrained(folder, config=BertConfig()).save_pretrained(folder)
-    small = BertConfig(
-        vocab_size=len(specials + WORDS),
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=24,
-        max_position_embeddings=32,
-        **config,
-    )
-    model = AutoModelForSequenceClassification.from_config(small)
-    (model if head else model.bert).save_pretrained(folder)
-    return folder
+from glue_data import PRUNE, build_model, logits_of, num_params, pairs, run, sentences, write
 
 
 @pytest.fixture(scope="module")
@@ -73,34 +20,6 @@ def mrpc(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     folder = tmp_path_factory.mktemp("mrpc")
     train, validation = write(pairs(), folder / "train.csv"), write(pairs(10, seed=1), folder / "validation.csv")
     return ["--task_name", "mrpc", "--train_file", str(train), "--validation_file", str(validation)]
-
-
-def run(model: Path, output: Path, *more: str) -> dict[str, float]:
-    common = {
-        "model_name_or_path": model,
-        "output_dir": output,
-        "cache_dir": output / "cache",
-        "per_device_train_batch_size": 8,
-        "num_train_epochs": 1,
-        "learning_rate": 1e-3,
-        "save_strategy": "no",
-        "disable_tqdm": True,
-    }
-    return run_glue_hap.main([*(word for name, value in common.items() for word in (f"--{name}", str(value))), *more])
-
-
-PRUNE = ["--target_params", "0.5", "--max_batches", "2", "--num_probes", "2", "--no_progress"]
-
-
-def logits_of(folder: Path, *texts: list[str]) -> np.ndarray:
-    model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
-    batch = AutoTokenizer.from_pretrained(folder)(*texts, padding=True, return_tensors="pt")
-    with torch.no_grad():
-        return model(**batch).logits.double().numpy()
-
-
-def num_params(folder: Path) -> int:
-    return sum(p.numel() for p in AutoModelForSequenceClassification.from_pretrained(folder).parameters())
 
 
 @pytest.fixture(scope="module")
@@ -272,188 +191,6 @@ def test_the_first_samples_are_used_where_a_number_is_given(
     assert results["eval_accuracy"] == pytest.approx(right.mean())
 
 
-def test_every_setting_is_a_flag_with_a_description(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        parse(["--help"])
-    text = " ".join(capsys.readouterr().out.split())
-    for field in dataclasses.fields(HapConfig):
-        assert f"--{field.name}" in text
-    assert "Share of all units below the threshold" in text
-    assert "Surviving FFN widths are a multiple of this" in text
-
-
-def test_flags_become_the_config(tmp_path: Path) -> None:
-    words = "--task_name cola --do_train --model_name_or_path m --seed 7 --prune_ratio 0.25 --kinds ffn --exclude a.* b"
-    words += " --method magnitude --precision bf16 --implant_init zero --round_to 8 --no_progress --max_batches 3"
-    _, _, pruning, args = parse([*words.split(), "--output_dir", str(tmp_path)])
-    expected = HapConfig(
-        prune_ratio=0.25,
-        kinds=("ffn",),
-        exclude=("a.*", "b"),
-        method="magnitude",
-        precision="bf16",
-        implant_init="zero",
-        round_to=8,
-        progress=False,
-        max_batches=3,
-        seed=7,
-    )
-    assert pruning.to_config(args.seed) == expected
-
-
-def test_a_json_file_may_hold_all_flags(tmp_path: Path) -> None:
-    values = {"model_name_or_path": "m", "task_name": "RTE", "do_eval": True, "output_dir": str(tmp_path)}
-    (tmp_path / "flags.json").write_text(json.dumps(values), encoding="utf-8")
-    assert parse([str(tmp_path / "flags.json")])[1].task_name == "rte"
-
-
-GOOD = {"task_name": "mrpc", "do_eval": "true", "output_dir": "o", "model_name_or_path": "m"}
-
-
-@pytest.mark.parametrize(
-    ("changes", "error", "message"),
-    [
-        ({"task_name": None}, ValueError, "no data: pass --task_name"),
-        ({"task_name": "squad"}, ValueError, "--task_name must be one of cola, .* got 'squad'"),
-        ({"train_file": "a.csv", "dataset_name": "d"}, ValueError, "got both --dataset_name d and local files"),
-        ({"validation_mismatched_file": "a.csv"}, ValueError, "belongs to --task_name mnli, got --task_name mrpc"),
-        ({"max_eval_samples": "0"}, ValueError, "--max_eval_samples must be at least 1, got 0"),
-        ({"do_eval": "false"}, ValueError, "nothing to do"),
-        ({"prune_ratio": "0.5"}, ValueError, "pass --do_train"),
-        ({"do_train": "true", "num_train_epochs": "0"}, ValueError, "nothing to train"),
-        ({"implant_ratio": "0.5", "do_train": "true"}, ConfigError, "expected exactly one of prune_ratio"),
-        ({"prune_ratio": "1.5", "do_train": "true"}, ConfigError, r"prune_ratio must lie in \[0, 1\), got 1.5"),
-        (
-            {"prune_ratio": "0.5", "do_train": "true", "recovery_epochs": "-1"},
-            ValueError,
-            "--recovery_epochs must not be negative, got -1",
-        ),
-        ({"num_rounds": "2", "do_train": "true"}, ConfigError, "expected exactly one of prune_ratio"),
-    ],
-)
-def test_flags_that_do_not_fit_together_are_refused(
-    changes: dict[str, str | None], error: type[Exception], message: str
-) -> None:
-    settings = {**GOOD, **changes}
-    with pytest.raises(error, match=message):
-        parse([word for name, value in settings.items() if value is not None for word in (f"--{name}", value)])
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"sentence2": None}, r"validation: expected the text columns \['sentence1', 'sentence2'\], got the columns"),
-        ({"label": None}, "validation: expected a column 'label', got the columns"),
-        ({"label": [-1] * 10}, "validation: 10 of 10 rows have no label, the first of them row 0 with -1"),
-        ({"label": [0, None] * 5}, "validation: 5 of 10 rows have no label, the first of them row 1 with None"),
-        ({"label": [0, 2] * 5}, r"validation: unknown label 2; expected one of \['not_equivalent', 'equivalent'\]"),
-        ({"label": ["yes", "equivalent"] * 5}, "validation: unknown label 'yes'"),
-        ({"sentence1": ["good", None] * 5}, "validation: expected text in column 'sentence1', got None"),
-    ],
-)
-def test_data_that_does_not_fit_the_task_is_refused(
-    model_dir: Path, tmp_path: Path, changes: dict[str, Any], message: str
-) -> None:
-    table = {name: values for name, values in (pairs(10) | changes).items() if values is not None}
-    file = str(write(table, tmp_path / "v.parquet"))
-    with pytest.raises(ValueError, match=message):
-        run(model_dir, tmp_path / "out", "--task_name", "mrpc", "--validation_file", file, "--do_eval")
-
-
-def test_missing_files_and_splits_are_refused(model_dir: Path, mrpc: list[str], tmp_path: Path) -> None:
-    train_only = mrpc[:4]
-    with pytest.raises(ValueError, match=r"needs a validation split and \['train'\] were given"):
-        run(model_dir, tmp_path, *train_only, "--do_train", "--do_eval")
-    with pytest.raises(FileNotFoundError, match=r"--train_file 'none.csv' does not exist"):
-        run(model_dir, tmp_path, "--task_name", "mrpc", "--train_file", "none.csv", "--do_train")
-    with pytest.raises(ValueError, match=r"--train_file must end in one of .csv, .tsv, .json, .jsonl, .parquet"):
-        run(model_dir, tmp_path, "--task_name", "mrpc", "--train_file", "none.txt", "--do_train")
-
-
-def test_a_model_that_was_never_fine_tuned_is_not_pruned(model_dir: Path, mrpc: list[str], tmp_path: Path) -> None:
-    with pytest.raises(
-        ValueError, match=r"is not fine-tuned, it has no values for classifier\.bias, classifier\.weight"
-    ):
-        run(model_dir, tmp_path / "out", *mrpc, *PRUNE, "--do_train", "--num_train_epochs", "0")
-
-
-def metric_of(task: str | None, outputs: list[Any], truth: list[Any], **settings: Any) -> dict[str, float]:
-    regression = settings.pop("regression", task == "stsb")
-    compute = make_metric(task, regression=regression, path=settings.pop("path", None))
-    return compute(EvalPrediction(predictions=np.array(outputs, dtype=np.float64), label_ids=np.array(truth)))
-
-
-# Predicted classes 1 1 0 1 0 0 against 1 1 1 0 0 0: two true and one false positives, one false and two true negatives.
-LOGITS = [[0, 1], [0, 2], [1, 0], [0, 1], [3, 1], [1, 0]]
-TRUTH = [1, 1, 1, 0, 0, 0]
-
-
-@pytest.mark.parametrize(
-    ("task", "expected"),
-    [
-        ("mrpc", {"accuracy": 4 / 6, "f1": 2 / 3, "combined_score": 2 / 3}),
-        ("qqp", {"accuracy": 4 / 6, "f1": 2 / 3, "combined_score": 2 / 3}),
-        ("cola", {"matthews_correlation": (2 * 2 - 1 * 1) / 9}),
-        ("sst2", {"accuracy": 4 / 6}),
-        ("rte", {"accuracy": 4 / 6}),
-        (None, {"accuracy": 4 / 6}),
-    ],
-)
-def test_metrics_of_classes_without_a_network(task: str | None, expected: dict[str, float]) -> None:
-    assert metric_of(task, LOGITS, TRUTH) == pytest.approx(expected)
-
-
-def test_metrics_of_a_regression_without_a_network() -> None:
-    outputs, truth = [0.5, 1.5, 9.0, 2.0], [1.0, 2.0, 4.0, 3.0]  # the same order, not on a line
-    result = metric_of("stsb", [[x] for x in outputs], truth)
-    pearson = float(np.corrcoef(outputs, truth)[0, 1])
-    assert result == pytest.approx({"pearson": pearson, "spearmanr": 1.0, "combined_score": (pearson + 1) / 2})
-    assert metric_of(None, [[x] for x in outputs], truth, regression=True)["mse"] == pytest.approx(
-        (0.25 + 0.25 + 25 + 1) / 4
-    )
-
-
-def test_computing_the_metric_locally_is_logged(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.WARNING, logger="glue.metrics"):
-        metric_of("mrpc", LOGITS, TRUTH)
-    assert "evaluate.load('glue', 'mrpc') is out of reach" in caplog.text
-    assert "accuracy and f1 computed by scikit-learn and SciPy instead" in caplog.text
-
-
-def test_the_hubs_metric_is_used_where_it_can_be_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Metric:
-        def compute(self, predictions: np.ndarray, references: np.ndarray) -> dict[str, Any]:
-            return {"accuracy": np.float64(0.25)}
-
-    calls = []
-    monkeypatch.setattr(evaluate, "load", lambda *args: calls.append(args) or Metric())
-    assert metric_of("sst2", LOGITS, TRUTH) == {"accuracy": 0.25}
-    assert calls == [("glue", "sst2")]
-
-
-def test_a_local_copy_of_the_metric_is_used(tmp_path: Path) -> None:
-    script = """
-import datasets
-import evaluate
-
-class Glue(evaluate.Metric):
-    def _info(self):
-        features = datasets.Features({name: datasets.Value("int64") for name in ("predictions", "references")})
-        return evaluate.MetricInfo(description="", citation="", inputs_description="", features=features)
-
-    def _compute(self, predictions, references):
-        return {"ones": sum(predictions), "task": len(self.config_name)}
-"""
-    (tmp_path / "glue_copy.py").write_text(script, encoding="utf-8")
-    result = metric_of("mrpc", LOGITS, TRUTH, path=str(tmp_path / "glue_copy.py"))
-    assert result == {"ones": 3.0, "task": 4.0, "combined_score": 3.5}
-
-
-def test_a_local_metric_that_is_missing_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="metric script"):
-        make_metric("mrpc", regression=False, path=str(tmp_path / "none.py"))
-
-
 def test_the_table_has_a_row_for_each_size_and_is_not_made_twice(
     model_dir: Path, mrpc: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -463,10 +200,12 @@ def test_the_table_has_a_row_for_each_size_and_is_not_made_twice(
     text = glue_table.main(words)
     assert len(text.splitlines()) == 2 + 3
     removed, implanted = [json.loads(row) for row in (tmp_path / "table" / "rows.jsonl").read_text().splitlines()][1:]
-    assert removed["heads"]["implanted"] + removed["ffn"]["implanted"] == 0
-    assert implanted["heads"]["implanted"] + implanted["ffn"]["implanted"] > 0
-    assert removed["results"]["pruned_params"] == num_params(tmp_path / "table" / "keep0.6-implant0")
-    assert f"{100 * removed['results']['eval_accuracy']:.1f} / " in text
+    for row, name in ((removed, "keep0.6-implant0"), (implanted, "keep0.6-implant0.4")):
+        results = row["results"]
+        assert results["pruned_params"] == num_params(tmp_path / "table" / name)
+        assert 0.4 < results["prunable_params_kept"] <= 0.6
+        assert (results["heads_implanted"] + results["ffn_implanted"] > 0) == (row is implanted)
+        assert f"| {100 * results['eval_accuracy']:.1f} / {100 * results['eval_f1']:.1f} |" in text
 
     monkeypatch.setattr(glue_table, "run_glue_hap", lambda command: pytest.fail(f"ran again: {command}"))
     assert glue_table.main(words) == text

@@ -51,7 +51,7 @@ def make_trainer(tmp_path, model, pruner, *, data=None, **settings):
         "logging_steps": 1,
         "seed": 1,
     }
-    extra = {k: settings.pop(k) for k in ("compute_loss_func", "optimizers") if k in settings}
+    extra = {k: settings.pop(k) for k in ("compute_loss_func", "optimizers", "eval_dataset") if k in settings}
     args = TrainingArguments(**{**arguments, **settings})
     return Trainer(model, args, train_dataset=data or samples(), callbacks=[pruner] if pruner else [], **extra)
 
@@ -162,7 +162,7 @@ def test_rounds_rise_to_the_target_and_each_is_scored_anew(tmp_path):
     trainer = make_trainer(tmp_path, tiny_model(), pruner)
     trainer.train()
     units = 2 * 4 + 2 * 24
-    removed = [sum(row.removed for row in r.rows) for r in pruner.reports]
+    removed = [sum(g.units - g.kept - g.implanted for g in r.groups) for r in pruner.reports]
     assert removed == [int(0.3 * units), int(0.6 * units) - int(0.3 * units)]
     assert len(plan_of(trainer.model).stages) == 2
     reloaded = hf.AutoModelForSequenceClassification.from_pretrained(save(trainer, tmp_path))
@@ -178,10 +178,10 @@ def test_implants_come_in_the_last_round(tmp_path):
     pruner = HessianPruner(config(target_params=0.5, implant_ratio=0.4), num_rounds=3)
     trainer = make_trainer(tmp_path, tiny_model(), pruner)
     trainer.train()
-    implanted = [sum(row.implanted for row in r.rows) for r in pruner.reports]
+    implanted = [sum(g.implanted for g in r.groups) for r in pruner.reports]
     assert implanted[:2] == [0, 0]
     assert implanted[2] > 0
-    kept = pruner.reports[-1].prunable_params_after / pruner.reports[0].prunable_params_before
+    kept = pruner.reports[-1].prunable_after.params / pruner.reports[0].prunable_before.params
     assert 0.5 - 0.02 <= kept <= 0.5 + 1e-9
 
 
@@ -229,8 +229,8 @@ def test_what_was_done_is_logged_and_written(tmp_path):
     pruner = HessianPruner(config(), step=2)
     trainer = make_trainer(tmp_path, tiny_model(), pruner, max_steps=4)
     trainer.train()
-    entries = [e for e in trainer.state.log_history if "hap_params" in e]
-    assert [(e["step"], e["hap_params"]) for e in entries] == [(2, trainer.model.num_parameters())]
+    entries = [e for e in trainer.state.log_history if "prune_params" in e]
+    assert [(e["step"], e["prune_params"]) for e in entries] == [(2, trainer.model.num_parameters())]
     report = json.loads((tmp_path / "pruning_report.json").read_text())
     assert report == pruner.reports[0].to_dict()
     assert "| " in (tmp_path / "pruning_report.md").read_text()
@@ -293,9 +293,8 @@ def test_a_best_checkpoint_from_before_pruning_does_not_stay_best(tmp_path):
         load_best_model_at_end=True,
         metric_for_best_model="loss",
         max_steps=6,
-        data=samples(),
+        eval_dataset=samples(16),
     )
-    trainer.eval_dataset = samples(16)
     trainer.train()
     assert trainer.state.best_model_checkpoint.endswith(("checkpoint-4", "checkpoint-6"))
     assert trainer.model.num_parameters() < tiny_model().num_parameters()

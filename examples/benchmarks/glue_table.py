@@ -27,8 +27,6 @@ from glue.settings import PruningArguments
 from glue.tasks import TASKS
 from run_glue_hap import main as run_glue_hap
 
-from hap_hf.plan import IMPLANT, KEEP, GroupPlan, PruningPlan
-
 logger = logging.getLogger("glue_table")
 
 Row = dict[str, Any]
@@ -93,33 +91,10 @@ def _row(work_dir: Path, rows: list[Row], command: list[str], about: Row) -> Row
         if all(row.get(key) == value for key, value in wanted.items()):
             logger.info("%s: done before", about["name"])
             return row
-    row = {**wanted, "results": run_glue_hap(command), **_structure(Path(command[-1]))}
+    row = {**wanted, "results": run_glue_hap(command)}
     with (work_dir / "rows.jsonl").open("a", encoding="utf-8") as lines:
         lines.write(json.dumps(row) + "\n")
     return row
-
-
-def _structure(folder: Path) -> Row:
-    """Return what the plan in a checkpoint's config.json leaves of heads and feed-forward neurons."""
-    slot = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("quantization_config")
-    if slot is None:
-        return {}
-    groups = list(PruningPlan.from_dict(slot["plan"]))
-    units = sum(g.group.num_units * g.group.params_per_unit for g in groups)
-    return {
-        "params_share": sum(g.params for g in groups) / units,
-        "heads": _counts([g for g in groups if g.group.kind == "heads"]),
-        "ffn": _counts([g for g in groups if g.group.kind == "ffn"]),
-    }
-
-
-def _counts(groups: Sequence[GroupPlan]) -> Row:
-    return {
-        "groups": len(groups),
-        "units": sum(g.group.num_units for g in groups),
-        "kept": sum(g.actions.count(KEEP) for g in groups),
-        "implanted": sum(g.actions.count(IMPLANT) for g in groups),
-    }
 
 
 def to_markdown(rows: Sequence[Row], metrics: Sequence[str]) -> str:
@@ -156,23 +131,25 @@ def to_markdown(rows: Sequence[Row], metrics: Sequence[str]) -> str:
             size = [f"{pruned[f'dense_{what}'] / 1e6:.2f}" for what in ("params", "macs")] if pruned else ["", ""]
             lines.append(["100% (dense)", "", "", scores("eval"), *size, "", "", ""])
             continue
-        heads, ffn = row["heads"], row["ffn"]
         lines.append([
-            f"{100 * row['params_share']:.1f}%",
+            f"{100 * results['prunable_params_kept']:.1f}%",
             f"{row['implant_ratio']:g} of the cut" if row["implant_ratio"] else "none",
             scores("pruned"),
             scores("eval"),
             f"{results['pruned_params'] / 1e6:.2f}",
             f"{results['pruned_macs'] / 1e6:.0f}",
             f"{results['scoring_seconds']:.0f}",
-            _share(heads["kept"], heads["implanted"], heads["units"]),
-            _share(ffn["kept"] / ffn["groups"], ffn["implanted"] / ffn["groups"], ffn["units"] / ffn["groups"]),
+            _units(results, "heads", 1),
+            _units(results, "ffn", results.get("ffn_groups", 1)),
         ])
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + "\n"
 
 
-def _share(kept: float, implanted: float, units: float) -> str:
-    return f"{kept:.0f}{f' + {implanted:.0f} implanted' if implanted else ''} of {units:.0f}"
+def _units(results: Row, kind: str, groups: int) -> str:
+    if f"{kind}_kept" not in results:
+        return ""
+    kept, implanted, before = (results[f"{kind}_{what}"] / groups for what in ("kept", "implanted", "before"))
+    return f"{kept:.0f}{f' + {implanted:.0f} implanted' if implanted else ''} of {before:.0f}"
 
 
 if __name__ == "__main__":

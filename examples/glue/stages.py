@@ -1,15 +1,13 @@
 """The stages of a run: fine-tune, prune and recover, reload, evaluate, predict."""
 
 import dataclasses
-import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from datasets import Dataset
-from hap_hf.report import ModelSize, measure_size
 from transformers import (
     DataCollatorWithPadding,
     EvalPrediction,
@@ -22,9 +20,7 @@ from transformers import (
 )
 
 from glue.settings import PruningArguments
-from hap_hf import HapConfig, HessianPruner
-
-logger = logging.getLogger(__name__)
+from hap_hf import HapConfig, HessianPruner, Kind, ModelSize, PruningReport, measure_size
 
 
 @dataclass(frozen=True)
@@ -84,8 +80,6 @@ class Material:
             if split in self.splits:
                 metrics = trainer.evaluate(self.splits[split], metric_key_prefix=stage)
                 result |= {f"{name}{suffix}": v for name, v in metrics.items() if name.startswith(f"{stage}_")}
-        if result:
-            logger.info("%s: %s", stage, {name: round(value, 4) for name, value in result.items()})
         return result
 
     def size(self, trainer: Trainer) -> ModelSize:
@@ -154,7 +148,8 @@ def prune_and_recover(
         pruning: When to prune and how long to train.
 
     Returns:
-        Metrics and sizes: ``dense_*`` before, ``pruned_*`` after pruning and ``recovered_*`` after the training.
+        Metrics and sizes: ``dense_*`` before, ``pruned_*`` after pruning and ``recovered_*`` after the
+        training; what is left of heads and neurons; seconds.
     """
     args = dataclasses.replace(
         args,
@@ -176,13 +171,29 @@ def prune_and_recover(
     results |= material.evaluate(trainer, "dense") | _named(material.size(trainer), "dense")
     outcome = trainer.train()
     results["recovery_runtime"] = outcome.metrics["train_runtime"]
-    results["scoring_seconds"] = sum(report.seconds["scoring"] for report in pruner.reports)
+    results |= _pruned(pruner.reports)
     results |= material.evaluate(trainer, "recovered") | _named(material.size(trainer), "pruned")
     trainer.save_model()
     trainer.save_state()
     if args.push_to_hub:
         trainer.push_to_hub()
     return results
+
+
+def _pruned(reports: Sequence[PruningReport]) -> dict[str, float]:
+    """Return what all rounds together did to heads and neurons, and how long scoring took."""
+    first, last = reports[0], reports[-1]
+    result: dict[str, float] = {
+        "scoring_seconds": sum(report.seconds["scoring"] for report in reports),
+        "prunable_params_kept": last.prunable_after.params / first.prunable_before.params,
+    }
+    for kind in Kind:
+        before, (_, kept, implanted) = first.units(kind)[0], last.units(kind)
+        groups = sum(g.kind is kind for g in last.groups)
+        if groups:
+            result |= {f"{kind}_groups": groups, f"{kind}_before": before, f"{kind}_kept": kept}
+            result[f"{kind}_implanted"] = implanted
+    return result
 
 
 def _named(size: ModelSize, stage: str) -> dict[str, float]:

@@ -97,9 +97,7 @@ def estimate_traces(
         num_terms += terms
         del batch  # frees its graph before the next one is built
     if seen == 0:
-        raise BatchError(
-            "expected at least one batch, got none; an iterator may be used up: pass a list or a DataLoader"
-        )
+        raise BatchError("expected at least one batch, got none; was the iterator used up? Pass a list or a DataLoader")
     if num_terms == 0:
         raise BatchError(f"expected loss terms in the batches, got {seen} with none; are all labels -100?")
     return TraceEstimate(trace / num_terms, variance.sqrt() / num_terms, num_batches, num_terms)
@@ -120,12 +118,12 @@ class _Batch:
         self, reduce: Reduce, probes: ProbeSource, num_probes: int, on_probe: Callable[[], object]
     ) -> tuple[Tensor, Tensor]:
         """Return the mean and the summed squared deviations of the probes, by Welford's recurrence."""
-        mean = squares = torch.zeros(())
+        mean = squares = torch.zeros((), device="cpu")  # a scalar of the CPU goes with vectors of any device
         for p in range(num_probes):
             sample = self._sample(reduce, probes(self.index, p))
-            mean, deviation = mean.to(sample), sample - mean.to(sample)
+            deviation = sample - mean
             mean = mean + deviation / (p + 1)
-            squares = squares.to(sample) + deviation * (sample - mean)
+            squares = squares + deviation * (sample - mean)
             on_probe()
         return mean.cpu().double(), squares.cpu().double()
 

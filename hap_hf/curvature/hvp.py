@@ -43,8 +43,8 @@ def differentiable_gradient(loss: Tensor, tensors: Mapping[str, Tensor], scale: 
 def _twice_differentiable(gradient: Iterable[Tensor]) -> bool:
     """Return whether no function on the way to the gradient is marked ``once_differentiable``.
 
-    Such a function leaves an error node that is tied to no weight. A second backward pass that is asked for weights only
-    never gets there, and would lose the function's curvature in silence.
+    Such a function leaves an error node that is tied to no weight. A second backward pass that is asked for weights
+    only never gets there, and would lose the function's curvature in silence.
     """
     seen: set[Node] = set()
     ahead: list[Node | None] = [g.grad_fn for g in gradient]

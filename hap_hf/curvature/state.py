@@ -16,9 +16,10 @@ def preserved(model: nn.Module, tensors: Mapping[str, Tensor] | None = None) -> 
     """Make ``model`` ready for derivatives, and put everything back however the block ends.
 
     Inside, the model is in eval mode, only ``tensors`` require gradients, no gradient is stored, activations are not
-    checkpointed (reentrant checkpoints hide weights from ``torch.autograd.grad``) and attention runs on the math kernel, the
-    only one that can be differentiated twice. Afterwards training flags, ``requires_grad``, ``.grad``, buffers,
-    checkpointing flags and torch's global random states are those from before, also after an exception or Ctrl-C.
+    checkpointed (reentrant checkpoints hide weights from ``torch.autograd.grad``) and attention runs on the math
+    kernel, the only one that can be differentiated twice. Afterwards training flags, ``requires_grad``, ``.grad``,
+    buffers, checkpointing flags and torch's global random states are those from before, also after an exception or
+    Ctrl-C.
 
     Args:
         model: Any model.

@@ -1,0 +1,82 @@
+"""Hessian-aware structured pruning with neural implants for Hugging Face transformers.
+
+A model and some batches become groups of units; groups and curvature become scores; scores and a budget become a plan;
+the plan, alone, makes the model smaller, now or later inside ``from_pretrained``:
+
+    groups = find_groups(model, batch)              # attention heads, FFN neurons
+    scores = score_groups(model, groups, batches, config)
+    plan = make_plan(groups, scores, config)
+    apply_plan_(model, plan)
+
+``prune`` does all of it, and ``HessianPruner`` does it inside the ``Trainer``. Importing this package is what lets
+``AutoModel….from_pretrained`` load pruned checkpoints.
+"""
+
+from hap_hf.checkpoint import plan_of, record_plan, save_pruned
+from hap_hf.config import HapConfig, ImplantInit, Method, Precision
+from hap_hf.discovery import find_groups
+from hap_hf.errors import (
+    BatchError,
+    ConfigError,
+    CurvatureError,
+    HapError,
+    PlanFormatError,
+    PlanMismatchError,
+    UnsupportedModelError,
+)
+from hap_hf.group import Counter, Group, Kind, Role, Slice
+from hap_hf.legacy import load_pruned_heads
+from hap_hf.pipeline import prune
+from hap_hf.plan import GroupPlan, PruningPlan
+from hap_hf.report import ModelSize, PruningReport, measure_size
+from hap_hf.scores import Scores, score_groups
+from hap_hf.selection import make_plan
+from hap_hf.surgery import ImplantLinear, TensorChange, apply_plan_, carry_optimizer_state_, check_plan
+from hap_hf.trainer import HessianPruner
+from hap_hf.version import __version__
+
+__all__ = [  # noqa: RUF022 (by stage, not by letter)
+    "__version__",
+    # the two ways to use it
+    "HapConfig",
+    "HessianPruner",
+    "prune",
+    # choices
+    "ImplantInit",
+    "Kind",
+    "Method",
+    "Precision",
+    # stages
+    "find_groups",
+    "score_groups",
+    "make_plan",
+    "check_plan",
+    "apply_plan_",
+    "carry_optimizer_state_",
+    # what they pass on
+    "Counter",
+    "Group",
+    "GroupPlan",
+    "ImplantLinear",
+    "ModelSize",
+    "PruningPlan",
+    "PruningReport",
+    "Role",
+    "Scores",
+    "Slice",
+    "TensorChange",
+    "measure_size",
+    # checkpoints
+    "load_pruned_heads",
+    "plan_of",
+    "record_plan",
+    "save_pruned",
+    # errors
+    "BatchError",
+    "ConfigError",
+    "CurvatureError",
+    "HapError",
+    "PlanFormatError",
+    "PlanMismatchError",
+    "UnsupportedModelError",
+]

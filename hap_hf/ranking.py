@@ -1,0 +1,282 @@
+"""All units of all groups in one order of sensitivity, and what a cut through that order leaves of each group.
+
+Within a group the pruned units are the least sensitive ones, the implanted ones come next and the kept ones are the
+most sensitive, so two counts say everything about a group.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from hap_hf.config import HapConfig
+from hap_hf.errors import ConfigError, CurvatureError
+from hap_hf.group import Group, Kind
+from hap_hf.plan import IMPLANT, KEEP, PRUNE, GroupPlan
+from hap_hf.scores import Scores
+
+
+class Split(NamedTuple):
+    """How many units of a group go.
+
+    Args:
+        pruned: Number of units removed, the least sensitive ones.
+        implanted: Number of units implanted, the least sensitive survivors.
+    """
+
+    pruned: int = 0
+    implanted: int = 0
+
+
+class Implant(NamedTuple):
+    """The size of an implant.
+
+    Args:
+        tensor: The producer's weight.
+        rows: Output rows that it replaces.
+        inputs: Inputs of the producer.
+        rank: Size of its bottleneck.
+    """
+
+    tensor: str
+    rows: int
+    inputs: int
+    rank: int
+
+    @property
+    def weights(self) -> int:
+        """Number of weights in its two factors."""
+        return self.rank * (self.rows + self.inputs)
+
+    @property
+    def is_cheaper(self) -> bool:
+        """Whether it has fewer weights than what it replaces."""
+        return self.weights < self.rows * self.inputs
+
+
+def floor_share(amount: float) -> int:
+    """Return ``amount`` rounded down, as the integer it was meant to be: 0.29 of 100 is 29, not 28.
+
+    Args:
+        amount: A share times a count.
+
+    Returns:
+        The largest integer that is at most a rounding error above ``amount``.
+    """
+    return math.floor(amount + 1e-6)
+
+
+def implants(group: Group, implanted: int, cost: float) -> list[Implant]:
+    """Return the implant of each producer of ``group``.
+
+    The rank is the largest whose ``rank * (rows + inputs)`` weights are at most ``cost * rows * inputs``, but at least
+    1 and at most full rank.
+
+    Args:
+        group: The group.
+        implanted: Number of implanted units, at least 1.
+        cost: Size of an implant as a share of the weights it replaces.
+
+    Returns:
+        One implant for each producer tensor.
+    """
+    return [
+        Implant(t, rows, inputs, min(max(1, floor_share(cost * rows * inputs / (rows + inputs))), rows, inputs))
+        for t, (rows, inputs) in group.implant_shapes(implanted).items()
+    ]
+
+
+@dataclass(frozen=True, eq=False)
+class Ranking:
+    """The units of some groups, least sensitive first; ties by order of the groups, then by index.
+
+    Args:
+        groups: The groups.
+        config: The settings.
+        orders: Units of each group, least sensitive first.
+        owners: Position in ``groups`` of each unit's group, least sensitive unit first, ``[total]``.
+        values: Sensitivity of each unit, ascending, ``[total]``.
+    """
+
+    groups: tuple[Group, ...]
+    config: HapConfig
+    orders: tuple[tuple[int, ...], ...]
+    owners: Tensor
+    values: Tensor
+
+    @classmethod
+    def of(cls, groups: Sequence[Group], scores: Scores, config: HapConfig) -> "Ranking":
+        """Rank the units of ``groups``.
+
+        Args:
+            groups: Groups whose units compete, at least one.
+            scores: Sensitivities of at least these groups.
+            config: The settings.
+
+        Returns:
+            The ranking.
+
+        Raises:
+            ConfigError: If the scores lack a group or hold another number of units.
+            CurvatureError: If a sensitivity is not finite.
+        """
+        parts = []
+        for g in groups:
+            found = scores.sensitivity.get(g.name)
+            if found is None or tuple(found.shape) != (g.num_units,):
+                got = "none" if found is None else f"shape {list(found.shape)}"
+                raise ConfigError(
+                    f"expected a sensitivity for each of the {g.num_units} units of {g.name}, got {got}; "
+                    "score the same groups that the plan is made for"
+                )
+            part = found.detach().to("cpu", torch.float64)
+            bad = (~part.isfinite()).nonzero().flatten()
+            if len(bad):
+                u = int(bad[0])
+                raise CurvatureError(
+                    f"expected finite sensitivities, got {part[u].item()} for unit {u} of {g.name} and {len(bad) - 1} "
+                    "others of the group; look for a loss or weights that overflow, or score with precision='fp32'"
+                )
+            parts.append(part)
+        values, order = torch.sort(torch.cat(parts), stable=True)
+        owners = torch.repeat_interleave(torch.arange(len(parts)), torch.tensor([len(p) for p in parts]))[order]
+        orders = tuple(tuple(torch.argsort(p, stable=True).tolist()) for p in parts)
+        return cls(tuple(groups), config, orders, owners, values)
+
+    @property
+    def total(self) -> int:
+        """Number of units."""
+        return len(self.values)
+
+    @cached_property
+    def ascending(self) -> list[tuple[int, int]]:
+        """For each unit, least sensitive first, the position of its group and its own place within the group."""
+        seen = [0] * len(self.groups)
+        pairs = []
+        for index in self.owners.tolist():
+            pairs.append((index, seen[index]))
+            seen[index] += 1
+        return pairs
+
+    def cap(self, index: int) -> int:
+        """Return how many units of a group may be cut: the best one always stays.
+
+        Args:
+            index: Position of the group.
+
+        Returns:
+            The largest number of pruned and implanted units together.
+        """
+        n = self.groups[index].num_units
+        return min(floor_share(self.config.max_group_ratio * n), n - 1)
+
+    def rule(self, cut: int) -> list[Split]:
+        """Return HAP's rule with the cap of each group: the ``cut`` least sensitive units go.
+
+        Args:
+            cut: Number of units below the threshold.
+
+        Returns:
+            How each group is split.
+        """
+        removed = floor_share((1 - self.config.implant_ratio) * cut)
+        gone, pruned = (
+            torch.bincount(self.owners[:count], minlength=len(self.groups)).tolist() for count in (cut, removed)
+        )
+        splits = []
+        for index in range(len(self.groups)):
+            capped = min(gone[index], self.cap(index))
+            low = min(pruned[index], capped)
+            splits.append(Split(low, capped - low))
+        return splits
+
+    def settle(self, index: int, split: Split) -> Split:
+        """Return ``split`` with implants only where they are cheaper, and a width that ``round_to`` allows.
+
+        Args:
+            index: Position of the group.
+            split: What the rule says.
+
+        Returns:
+            What can be done.
+        """
+        pruned, implanted = split
+        group = self.groups[index]
+        if implanted and not self.implants_pay(index, implanted):
+            pruned, implanted = pruned + implanted, 0
+        survivors = self.width_above(index, group.num_units - pruned)
+        return Split(group.num_units - survivors, implanted)
+
+    def splits(self, cut: int) -> list[Split]:
+        """Return how each group is split when the ``cut`` least sensitive units go.
+
+        Args:
+            cut: Number of units below the threshold.
+
+        Returns:
+            How each group is split, settled.
+        """
+        return [self.settle(index, split) for index, split in enumerate(self.rule(cut))]
+
+    def implants_pay(self, index: int, implanted: int) -> bool:
+        """Return whether every producer of a group can take an implant that is cheaper than what it replaces.
+
+        Args:
+            index: Position of the group.
+            implanted: Number of implanted units, at least 1.
+
+        Returns:
+            Whether all implants are cheaper, and there is at least one.
+        """
+        made = implants(self.groups[index], implanted, self.config.implant_cost)
+        return bool(made) and all(i.is_cheaper for i in made)
+
+    def width_above(self, index: int, survivors: int) -> int:
+        """Return the smallest allowed number of survivors that is at least ``survivors``.
+
+        Args:
+            index: Position of the group.
+            survivors: Number of units that should survive.
+
+        Returns:
+            A multiple of ``round_to`` for FFN groups, or the whole group.
+        """
+        step = self._multiple(index)
+        return min(-(-survivors // step) * step, self.groups[index].num_units)
+
+    def width_below(self, index: int, survivors: int) -> int:
+        """Return the largest allowed number of survivors that is less than ``survivors``.
+
+        Args:
+            index: Position of the group.
+            survivors: Number of units that survive now.
+
+        Returns:
+            A multiple of ``round_to`` for FFN groups; 0 where there is no other.
+        """
+        step = self._multiple(index)
+        return (survivors - 1) // step * step
+
+    def _multiple(self, index: int) -> int:
+        return self.config.round_to if self.groups[index].kind is Kind.FFN else 1
+
+    def plan(self, index: int, split: Split) -> GroupPlan:
+        """Return the plan of a group that is split like this.
+
+        Args:
+            index: Position of the group.
+            split: How many of its units go.
+
+        Returns:
+            Its plan, ranks of the implants included.
+        """
+        group = self.groups[index]
+        letters = PRUNE * split.pruned + IMPLANT * split.implanted
+        letters += KEEP * (group.num_units - len(letters))
+        actions = dict(zip(self.orders[index], letters, strict=True))
+        made = implants(group, split.implanted, self.config.implant_cost) if split.implanted else []
+        return GroupPlan(group, "".join(actions[u] for u in range(group.num_units)), {i.tensor: i.rank for i in made})

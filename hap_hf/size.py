@@ -1,0 +1,67 @@
+"""How large a model is: parameters, and multiply-accumulates that a batch takes."""
+
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from hap_hf.curvature import preserved
+from hap_hf.discovery.record import batch_size, move_to_model
+from hap_hf.errors import BatchError
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """How large something is.
+
+    Args:
+        params: Number of parameters, shared ones counted once.
+        macs: Multiply-accumulates per sample of the batch it was measured on.
+    """
+
+    params: int
+    macs: float
+
+
+def measure_size(model: nn.Module, batch: Mapping[str, Any]) -> ModelSize:
+    """Count the parameters of ``model`` and its multiply-accumulates per sample of ``batch``.
+
+    Counted are matrix products, convolutions and the two products of attention, whatever implements it: fused kernels
+    are replaced by plain ones for this one pass. The model is left as found.
+
+    Args:
+        model: The model.
+        batch: Keyword arguments of its forward; a sample is one entry of its first tensor.
+
+    Returns:
+        Both numbers.
+
+    Raises:
+        BatchError: If the batch holds no tensor with samples.
+    """
+    if not any(isinstance(v, Tensor) and v.dim() for v in batch.values()) or not batch_size(batch):
+        raise BatchError(
+            f"expected a batch with a tensor of at least one sample, got {sorted(map(str, batch))} without; "
+            "pass a mapping of argument names to tensors, as a Hugging Face collator gives it"
+        )
+    counter = FlopCounterMode(display=False)
+    with preserved(model), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), _without_fused_layers(), counter:
+        model(**move_to_model(model, batch))
+    # The counter counts a multiply-accumulate as two operations.
+    return ModelSize(sum(p.numel() for p in model.parameters()), counter.get_total_flops() / 2 / batch_size(batch))
+
+
+@contextmanager
+def _without_fused_layers() -> Generator[None, None, None]:
+    """Keep torch's own transformer layers from running as one op, which no counter sees into."""
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)
