@@ -196,7 +196,7 @@ def _exchange(budget: Budget, splits: list[Split], room: float, largest: float) 
             splits[:] = new
             return
         pruned, implanted = new[index]
-        if index == coarse or place < pruned + implanted:
+        if place < pruned + implanted:
             continue
         survivors = ranking.groups[index].num_units - pruned
         step = survivors - ranking.width_below(index, survivors)

@@ -227,6 +227,14 @@ def test_models_without_storage_are_refused():
         find_groups(build("bert").to("meta"), batch_of("bert"))
 
 
+def test_a_model_that_gives_nan_is_refused_since_nothing_could_be_verified():
+    model = build("bert")
+    with torch.no_grad():
+        model.bert.encoder.layer[1].output.dense.weight[3, 4] = float("nan")
+    with pytest.raises(UnsupportedModelError, match="holds NaN"):
+        find_groups(model, batch_of("bert"))
+
+
 def test_a_model_with_nothing_to_remove_is_refused_with_what_was_looked_for():
     model = nn.Linear(3, 2)
     with pytest.raises(UnsupportedModelError, match=r"attention heads .* and FFN neurons .* among 1 linear layers"):

@@ -16,6 +16,7 @@ from hap_hf.surgery import apply_plan_
 @pytest.mark.parametrize("name", CASES)
 def test_heads_and_ffn_neurons_are_found(name):
     groups = find_groups(build(name), batch_of(name))
+    assert len({g.name for g in groups}) == len(groups)
     assert tuple(g.num_units for g in groups if g.kind is Kind.HEADS) == CASES[name].heads
     assert tuple(g.num_units for g in groups if g.kind is Kind.FFN) == CASES[name].ffn
 

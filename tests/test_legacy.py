@@ -129,10 +129,10 @@ def test_saved_again_it_is_a_checkpoint_of_hap_hf(bert, tmp_path):
 
 def test_arguments_of_from_pretrained_are_passed_on(bert):
     path, _, _ = bert
-    model = load(path, dtype=torch.bfloat16, device_map="cpu", attn_implementation="eager", hidden_dropout_prob=0.3)
+    model = load(path, dtype=torch.bfloat16, device_map="cpu", attn_implementation="eager", hidden_act="relu")
     assert model.dtype is torch.bfloat16
     assert model.config._attn_implementation == "eager"
-    assert model.config.hidden_dropout_prob == 0.3
+    assert model.config.hidden_act == "relu"
 
 
 @heads_may_change

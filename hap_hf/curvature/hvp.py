@@ -94,12 +94,12 @@ def hvp(
             if not any(text in str(error) for text in _NOT_TWICE):
                 raise
             raise CurvatureError(f"a part of the model cannot be differentiated twice: {error}; {_ADVICE}") from error
-    return {
-        name: torch.zeros_like(t, dtype=accumulation_dtype(t.dtype), requires_grad=False)
-        if product is None
-        else product.to(accumulation_dtype(t.dtype)).div(scale)
-        for (name, t), product in zip(tensors.items(), products, strict=True)
-    }
+    result = {}
+    for (name, t), product in zip(tensors.items(), products, strict=True):
+        wide = torch.zeros_like(t).detach() if product is None else product
+        wide = wide.to(accumulation_dtype(t.dtype))
+        result[name] = wide if scale == 1 else wide / scale
+    return result
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

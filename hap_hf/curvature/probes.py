@@ -49,8 +49,13 @@ def rademacher(tensors: Mapping[str, Tensor], seed: int, batch: int, probe: int)
         like = tensors[name]
         words = torch.empty(-(-like.numel() // 64), dtype=torch.int64, device="cpu")
         words.random_(-(2**63), None, generator=generator)  # without bounds the highest bit would always be 0
-        octets = words.to(like.device).view(torch.uint8)
-        places = torch.arange(8, dtype=torch.uint8, device=like.device)
-        bits = octets[:, None].bitwise_right_shift(places).bitwise_and_(1).flatten()[: like.numel()]
-        signs[name] = bits.to(like.dtype).mul_(2).sub_(1).view(like.shape)
+        octets = words.to(like.device).view(torch.uint8).int()
+        signs[name] = _signs_of_octets(like).index_select(0, octets).flatten()[: like.numel()].view(like.shape)
     return signs
+
+
+def _signs_of_octets(like: Tensor) -> Tensor:
+    """Return the eight signs that each byte stands for, ``[256, 8]``; looking them up takes one pass over memory."""
+    octets = torch.arange(256, device=like.device)[:, None]
+    bits = octets.bitwise_right_shift(torch.arange(8, device=like.device)).bitwise_and(1)
+    return bits.mul(2).sub(1).to(like.dtype)

@@ -5,7 +5,6 @@ attention, one channel's gradient touches one head's rows of the query, key and 
 projection it touches one row of the up and gate projections; behind a layer norm it touches everything.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -53,61 +52,72 @@ class Dependence:
     def __init__(self, recording: Recording, targets: list[Tensor], seed: int = 0) -> None:
         self._generator = torch.Generator().manual_seed(seed)
         self._targets = [t for t in targets if t.requires_grad]
-        self._sources = [(n, leaf) for n, leaves in recording.leaves.items() for leaf in leaves]
-        self._sources += [(n, p) for n, p in recording.parameters.items() if p.requires_grad]
         self._is_leaf = set(recording.leaves)
-        # Later passes ask only for the sources that lie behind these targets at all.
-        reached = self._gradients(lambda t: torch.ones(t.shape[-1:]))
-        self._sources = [s for s, g in zip(self._sources, reached, strict=True) if g is not None]
+        behind = _variables_behind(self._targets)
+        self._sources = [(n, leaf) for n, leaves in recording.leaves.items() for leaf in leaves if id(leaf) in behind]
+        self._sources += [(n, p) for n, p in recording.parameters.items() if id(p) in behind]
 
     @property
     def sources(self) -> set[str]:
         """Names of the projections and parameters that lie behind the targets."""
         return {n for n, _ in self._sources}
 
-    def touched(self, channels: Tensor) -> dict[str, Tensor]:
+    def touched(self, channels: Tensor, *, features_only: bool = False) -> dict[str, Tensor]:
         """Return which source entries the given channels depend on.
 
         Args:
             channels: Mask over the targets' channels, ``[channels]``.
+            features_only: Ask for source projections only, not for parameters.
 
         Returns:
             For each source projection a mask over its output features, for each parameter one in its shape.
         """
         result: dict[str, Tensor] = {}
-        gradients = self._gradients(lambda t: channels.to(torch.float32))
-        for (name, source), gradient in zip(self._sources, gradients, strict=True):
+        sources = [s for s in self._sources if s[0] in self._is_leaf or not features_only]
+        # Random cotangents: equal ones would cancel behind a layer norm or a softmax.
+        cotangents = [
+            (torch.randn(t.shape, generator=self._generator) * channels).to(t.device, t.dtype) for t in self._targets
+        ]
+        gradients = torch.autograd.grad(
+            self._targets, [s for _, s in sources], cotangents, retain_graph=True, allow_unused=True
+        )
+        for (name, source), gradient in zip(sources, gradients, strict=True):
             mask = torch.zeros_like(source, dtype=torch.bool) if gradient is None else gradient != 0  # NaN counts
             if name in self._is_leaf:
                 mask = mask.flatten(0, -2).any(0) if mask.dim() > 1 else mask
             result[name] = result[name] | mask if name in result else mask
         return {n: m.cpu() for n, m in result.items()}
 
-    def _gradients(self, scale: Callable[[Tensor], Tensor]) -> tuple[Tensor | None, ...]:
-        if not self._targets or not self._sources:
-            return (None,) * len(self._sources)
-        # Random cotangents: equal ones would cancel behind a layer norm or a softmax.
-        cotangents = [
-            (torch.randn(t.shape, generator=self._generator) * scale(t)).to(t.device, t.dtype) for t in self._targets
-        ]
-        return torch.autograd.grad(
-            self._targets, [s for _, s in self._sources], cotangents, retain_graph=True, allow_unused=True
-        )
+
+def _variables_behind(targets: list[Tensor]) -> set[int]:
+    """Return the ids of the leaves from which ``targets`` were computed, read off the autograd graph."""
+    found, seen = set(), set()
+    pending = [t.grad_fn for t in targets]
+    while pending:
+        node = pending.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        variable = getattr(node, "variable", None)  # only the nodes at the graph's ends have one
+        if variable is not None:
+            found.add(id(variable))
+        pending += [n for n, _ in node.next_functions]
+    return found
 
 
-def partition(recording: Recording, consumer: str) -> Partition | None:
+def partition(recording: Recording, consumer: str, dependence: Dependence) -> Partition | None:
     """Return how the input channels of a projection fall into units.
 
     Args:
         recording: The cut-open forward pass.
         consumer: Name of the projection.
+        dependence: Answers about its inputs.
 
     Returns:
         The partition, or None where every channel depends on everything or nothing.
     """
     inputs = recording.inputs[consumer]
     channels = inputs[0].shape[-1]
-    dependence = Dependence(recording, inputs)
     leaves = dependence.sources & set(recording.leaves)
     if not leaves or channels < 2:
         return None
@@ -115,7 +125,7 @@ def partition(recording: Recording, consumer: str) -> Partition | None:
     def reach(channel: int) -> dict[str, Tensor]:
         mask = torch.zeros(channels)
         mask[channel] = 1
-        return {n: m for n, m in dependence.touched(mask).items() if n in leaves}
+        return dependence.touched(mask, features_only=True)
 
     first = reach(0)
     if any(bool(m.all()) and len(m) > 1 for m in first.values()) and all(

@@ -3,7 +3,7 @@
 import logging
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -50,11 +50,12 @@ def find_candidates(model: nn.Module, recording: Recording, core_macs: Mapping[s
     partitions: dict[str, Partition] = {}
     frozen: set[str] = set()
     for name in recording.inputs:
-        found = partition(recording, name)
+        dependence = Dependence(recording, recording.inputs[name])
+        found = partition(recording, name, dependence)
         if found is not None:
             partitions[name] = found
         else:
-            frozen |= Dependence(recording, recording.inputs[name]).sources
+            frozen |= dependence.sources
     frozen |= Dependence(recording, recording.outputs).sources
     used_directly = {n.rpartition(".")[0] for n in frozen} & set(recording.projections)
     tied = _tied(model) & set(recording.projections)
@@ -74,7 +75,7 @@ def find_candidates(model: nn.Module, recording: Recording, core_macs: Mapping[s
     for family in _families(partitions):
         members = [partitions[name] for name in family]
         candidates += _candidates_of_family(model, recording, members, core_macs)
-    return _with_unique_names(candidates)
+    return candidates
 
 
 def _tied(model: nn.Module) -> set[str]:
@@ -282,14 +283,3 @@ def _shape_class(model: nn.Module, members: Sequence[Partition], kind: Kind) -> 
     parts = members[0].consumer.split(".")
     around = [type(model.get_submodule(".".join(parts[:i]))).__name__ for i in range(1, len(parts))]
     return (kind.value, *around, *(n.rpartition(".")[2] for n in [*members[0].columns, members[0].consumer]))
-
-
-def _with_unique_names(candidates: Sequence[Candidate]) -> list[Candidate]:
-    seen: dict[str, int] = defaultdict(int)
-    result = []
-    for c in candidates:
-        seen[c.group.name] += 1
-        number = seen[c.group.name]
-        name = c.group.name if number == 1 else f"{c.group.name}#{number}"
-        result.append(replace(c, group=replace(c.group, name=name)))
-    return result

@@ -2,7 +2,9 @@
 
 import inspect
 import logging
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -65,7 +67,14 @@ def find_groups(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Group, ...]
     whole = sorted(set(recording.projections) - held)
     if whole:
         logger.info("left whole: %d linear layers outside of any group: %s", len(whole), ", ".join(whole))
-    return tuple(groups)
+    return tuple(_with_unique_names(groups))
+
+
+def _with_unique_names(groups: Sequence[Group]) -> Iterator[Group]:
+    seen: dict[str, int] = defaultdict(int)
+    for group in groups:
+        seen[group.name] += 1
+        yield replace(group, name=f"{group.name}#{seen[group.name]}") if seen[group.name] > 1 else group
 
 
 def check_bare(model: nn.Module) -> None:

@@ -21,7 +21,7 @@ from hap_hf.curvature.state import preserved
 from hap_hf.discovery.counters import HEAD_COUNTS
 from hap_hf.discovery.families import Candidate, home
 from hap_hf.discovery.record import output_tensors
-from hap_hf.errors import PlanMismatchError
+from hap_hf.errors import PlanMismatchError, UnsupportedModelError
 from hap_hf.group import Group, Role
 from hap_hf.plan import KEEP, PRUNE, GroupPlan, PruningPlan
 from hap_hf.surgery.apply import apply_plan_undoable_, undo_
@@ -42,6 +42,9 @@ def accept(model: nn.Module, batch: Mapping[str, Any], candidates: Sequence[Cand
 
     Returns:
         The groups that can be removed from, in the order given.
+
+    Raises:
+        UnsupportedModelError: If the model's output holds NaN.
     """
     with preserved(model), torch.no_grad():
         trial = Trial(model, batch)
@@ -119,11 +122,19 @@ class Trial:
     Args:
         model: The model, in eval mode.
         batch: Keyword arguments of its forward.
+
+    Raises:
+        UnsupportedModelError: If the model's output holds NaN.
     """
 
     def __init__(self, model: nn.Module, batch: Mapping[str, Any]) -> None:
         self._model = model
         self._batch = batch
+        if any(bool(t.isnan().any()) for t in self._run([], [])):
+            raise UnsupportedModelError(
+                f"the output of {type(model).__name__} on the example batch holds NaN, so no removal could be verified; "
+                "pass a batch like those it was trained on, with weights that are finite"
+            )
 
     def holds(self, candidates: Sequence[Candidate]) -> bool:
         """Return whether removing units of ``candidates`` equals masking them.
@@ -233,5 +244,7 @@ def _plan(group: Group, units: Sequence[int]) -> GroupPlan:
 def _close(a: Tensor, b: Tensor) -> bool:
     if a.shape != b.shape:
         return False
-    limit = TOLERANCE.get(a.dtype, 1e-4) * float(torch.nan_to_num(a).abs().max()) if a.numel() else 0.0
-    return torch.allclose(a, b, rtol=0, atol=limit + 1e-30, equal_nan=True)
+    limit = (
+        TOLERANCE.get(a.dtype, 1e-4) * float(torch.nan_to_num(a, posinf=0, neginf=0).abs().max()) if a.numel() else 0.0
+    )
+    return torch.allclose(a, b, rtol=0, atol=limit + 1e-30)
