@@ -74,7 +74,7 @@ def implants(group: Group, implanted: int, cost: float) -> list[Implant]:
     """Return the implant of each producer of ``group``.
 
     The rank is the largest whose ``rank * (rows + inputs)`` weights are at most ``cost * rows * inputs``, but at least
-    1 and at most full rank.
+    1. It is never full, as ``rows * inputs / (rows + inputs)`` is below both.
 
     Args:
         group: The group.
@@ -85,7 +85,7 @@ def implants(group: Group, implanted: int, cost: float) -> list[Implant]:
         One implant for each producer tensor.
     """
     return [
-        Implant(t, rows, inputs, min(max(1, floor_share(cost * rows * inputs / (rows + inputs))), rows, inputs))
+        Implant(t, rows, inputs, max(1, floor_share(cost * rows * inputs / (rows + inputs))))
         for t, (rows, inputs) in group.implant_shapes(implanted).items()
     ]
 

@@ -9,7 +9,7 @@ from synthetic_groups import ffn_group, heads_group, random_scores, scores_of
 
 from hap_hf.config import HapConfig
 from hap_hf.errors import ConfigError
-from hap_hf.group import Group, Kind, Slice
+from hap_hf.group import Group, Kind, Role, Slice
 from hap_hf.selection import make_plan
 
 
@@ -155,14 +155,23 @@ def test_no_budget_leaves_an_implant_that_is_not_cheaper_than_what_it_replaces(i
                 assert g.ranks[s.tensor] * (rows + inputs) < rows * inputs
 
 
-def test_the_last_implants_of_a_group_are_kept_together_where_one_alone_would_not_pay():
-    ffn, fine = ffn_group("a", 4, hidden=64), ffn_group("b", 400, hidden=4)
-    # Two neurons of a are implanted; one alone would have more weights than its row.
-    scores = scores_of({ffn: [400.1, 400.2, 500, 501], fine: range(400)})
-    for target in (0.7, 0.75, 0.8, 0.85, 0.9, 0.95):
-        config = HapConfig(target_params=target, implant_ratio=1.0, max_group_ratio=1.0, implant_cost=0.5)
-        plan = make_plan([ffn, fine], scores, config)
-        assert plan.stages[0][0].actions.count("i") != 1
+def test_implants_stay_where_keeping_one_would_leave_another_that_does_not_pay():
+    heads = heads_group("a", 8, width=16, hidden=64)
+    # One row of k alone has no cheaper factorisation, two have.
+    slices = (
+        Slice("q", (12, 64), 0, 0, 4, Role.PRODUCER),
+        Slice("k", (3, 64), 0, 0, 1, Role.PRODUCER),
+        Slice("o", (64, 12), 1, 0, 4, Role.CONSUMER),
+    )
+    uneven = Group("b:heads", Kind.HEADS, 3, slices)
+    scores = scores_of({uneven: [0, 1, 100], heads: range(10, 18)})
+    settings = {"implant_ratio": 1.0, "max_group_ratio": 1.0}
+    cut = make_plan([heads, uneven], scores, HapConfig(prune_ratio=5.5 / 11, **settings))
+    assert [g.actions.count("i") for g in cut] == [3, 2]
+    # Room for one unit of b, 315 weights, but not for both, 502, nor for a head.
+    target = (sum(g.params for g in cut) + 400) / (8 * 4144 + 3 * 576)
+    plan = make_plan([heads, uneven], scores, HapConfig(target_params=target, **settings))
+    assert [g.actions for g in plan] == [g.actions for g in cut]
 
 
 def test_units_larger_than_the_tolerance_are_met_from_below_with_a_warning(caplog):
