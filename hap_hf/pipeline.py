@@ -1,26 +1,25 @@
 """The stages in order: find, score, plan, apply, record, report."""
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
-from hap_hf.report import ModelSize, PruningReport, make_report, measure_size
-from hap_hf.selection import make_plan, select_groups
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from hap_hf.checkpoint import check_recordable, record_plan
 from hap_hf.config import HapConfig, ImplantInit
 from hap_hf.discovery import find_groups
 from hap_hf.errors import BatchError
+from hap_hf.losses import LossFunction
 from hap_hf.plan import IMPLANT
+from hap_hf.report import ModelSize, PruningReport, make_report, measure_size
 from hap_hf.rounds import Amounts, config_of_round
 from hap_hf.scores import score_groups
+from hap_hf.selection import make_plan, select_groups
 from hap_hf.surgery import apply_plan_, carry_optimizer_state_, collect_input_moments
-
-LossFunction = Callable[[nn.Module, Mapping[str, Any]], Tensor]
 
 
 @dataclass(frozen=True)

@@ -2,13 +2,13 @@
 
 import inspect
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
-from hap_hf.report import ModelSize, PruningReport
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -16,7 +16,9 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from hap_hf.checkpoint import plan_of
 from hap_hf.config import HapConfig
 from hap_hf.errors import BatchError, ConfigError, UnsupportedModelError
-from hap_hf.pipeline import LossFunction, Round, prune_round
+from hap_hf.losses import LossFunction
+from hap_hf.pipeline import Round, prune_round
+from hap_hf.report import ModelSize, PruningReport
 from hap_hf.rounds import Amounts
 
 logger = logging.getLogger(__name__)
@@ -187,14 +189,15 @@ class HessianPruner(TrainerCallback):
             loader = kwargs["train_dataloader"]
             batches = scoring_batches(loader.dataset, loader.collate_fn, args.train_batch_size, self.config)
         optimizer = kwargs["optimizer"]
-        result = prune_round(
-            kwargs["model"],
-            batches,
-            self.config,
-            place,
-            loss_fn=self._loss_fn or trainer_loss(trainer),
-            optimizer=getattr(optimizer, "optimizer", optimizer),  # accelerate wraps the one that holds the parameters
-        )
+        with _without_autocast(kwargs["model"]):
+            result = prune_round(
+                kwargs["model"],
+                batches,
+                self.config,
+                place,
+                loss_fn=self._loss_fn or trainer_loss(trainer),
+                optimizer=getattr(optimizer, "optimizer", optimizer),  # accelerate wraps what holds the parameters
+            )
         self._done += 1
         self._start = result.start
         self._dense = self._dense or result.size
@@ -205,6 +208,20 @@ class HessianPruner(TrainerCallback):
         trainer.log(result.report.to_log())
         if state.is_world_process_zero:
             result.report.save(Path(args.output_dir or "."))
+
+
+@contextmanager
+def _without_autocast(model: nn.Module) -> Generator[None]:
+    """Score in ``config.precision`` and not in the training's: accelerate puts autocast around the model's forward."""
+    patched, original = model.__dict__.get("forward"), model.__dict__.get("_original_forward")
+    if patched is None or original is None:
+        yield
+        return
+    model.forward = original
+    try:
+        yield
+    finally:
+        model.forward = patched
 
 
 def trainer_loss(trainer: Trainer) -> LossFunction:

@@ -193,17 +193,22 @@ def test_saving_writes_both_files_in_utf_8(tmp_path):
     assert "größe".encode() in (folder / "pruning_report.json").read_bytes()
 
 
-def test_a_save_that_fails_leaves_the_old_report_and_no_draft(tmp_path, monkeypatch):
-    example().save(str(tmp_path))
-    old = (tmp_path / "pruning_report.json").read_bytes()
-    write = Path.write_text
+@pytest.mark.parametrize("failing", [1, 2])
+def test_a_save_that_fails_leaves_no_half_file_and_no_draft(failing, tmp_path, monkeypatch):
+    old, new = example(), make_report(PruningPlan(()), None, BEFORE, AFTER, {})
+    old.save(str(tmp_path))
+    write, calls = Path.write_text, []
 
-    def half(self, text, **kwargs):
-        write(self, text[: len(text) // 2], **kwargs)
-        raise OSError("disk full")
+    def fail_once(self, text, **kwargs):
+        calls.append(self)
+        if len(calls) == failing:
+            write(self, text[: len(text) // 2], **kwargs)
+            raise OSError("disk full")
+        return write(self, text, **kwargs)
 
-    monkeypatch.setattr(Path, "write_text", half)
+    monkeypatch.setattr(Path, "write_text", fail_once)
     with pytest.raises(OSError, match="disk full"):
-        make_report(PruningPlan(()), None, BEFORE, AFTER, {}).save(tmp_path)
-    assert (tmp_path / "pruning_report.json").read_bytes() == old
+        new.save(tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["pruning_report.json", "pruning_report.md"]
+    assert json.loads((tmp_path / "pruning_report.json").read_text("utf-8")) in (old.to_dict(), new.to_dict())
+    assert (tmp_path / "pruning_report.md").read_text("utf-8") == old.to_markdown()

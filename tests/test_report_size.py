@@ -1,5 +1,7 @@
 """Parameters and multiply-accumulates of models, against counts by hand."""
 
+import contextlib
+
 import pytest
 import torch
 from torch import nn
@@ -102,10 +104,8 @@ def test_the_layers_of_torch_are_counted_though_they_run_as_one_op():
         def forward(self, x):
             return self.layer(x)
 
-    enabled = torch.backends.mha.get_fastpath_enabled()
     size = measure_size(Model(), {"x": torch.randn(BATCH, TOKENS, HIDDEN)})
     assert size.macs == pytest.approx(encoder_macs(TOKENS) / LAYERS)
-    assert torch.backends.mha.get_fastpath_enabled() is enabled
 
 
 class Products(nn.Module):
@@ -153,10 +153,17 @@ def bert_batch_without_draw():
 
 def test_a_failing_forward_leaves_the_model_as_found():
     model = bert().train()
-    enabled = torch.backends.mha.get_fastpath_enabled()
     with pytest.raises(IndexError, match="index out of range"):
         measure_size(model, {"input_ids": torch.full((1, 3), 1000)})
     assert all(m.training for m in model.modules())
+
+
+@pytest.mark.parametrize("batch", [{"x": torch.randn(2, 6, 4)}, {"x": torch.randn(2, 6, 5)}], ids=["fits", "fails"])
+@pytest.mark.parametrize("enabled", [True, False])
+def test_torchs_switch_for_fused_layers_is_put_back(batch, enabled, monkeypatch):
+    monkeypatch.setattr(torch.backends.mha, "_is_fastpath_enabled", enabled)
+    with contextlib.suppress(RuntimeError):
+        measure_size(Products(), batch)
     assert torch.backends.mha.get_fastpath_enabled() is enabled
 
 

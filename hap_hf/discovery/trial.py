@@ -132,7 +132,7 @@ class Trial:
         self._batch = batch
         if any(bool(t.isnan().any()) for t in self._run([], [])):
             raise UnsupportedModelError(
-                f"the output of {type(model).__name__} on the example batch holds NaN, so no removal could be verified; "
+                f"the output of {type(model).__name__} on the batch holds NaN, so no removal could be verified; "
                 "pass a batch like those it was trained on, with weights that are finite"
             )
 
