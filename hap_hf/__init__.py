@@ -12,7 +12,7 @@ the plan, alone, makes the model smaller, now or later inside ``from_pretrained`
 ``AutoModel….from_pretrained`` load pruned checkpoints.
 """
 
-from hap_hf.checkpoint import plan_of, record_plan, save_pruned
+from hap_hf.checkpoint import load_pruned_heads, plan_of, record_plan, save_pruned
 from hap_hf.config import HapConfig, ImplantInit, Method, Precision
 from hap_hf.discovery import find_groups
 from hap_hf.errors import (
@@ -25,7 +25,6 @@ from hap_hf.errors import (
     UnsupportedModelError,
 )
 from hap_hf.group import Counter, Group, Kind, Role, Slice
-from hap_hf.legacy import load_pruned_heads
 from hap_hf.pipeline import prune
 from hap_hf.plan import GroupPlan, PruningPlan
 from hap_hf.report import ModelSize, PruningReport, measure_size

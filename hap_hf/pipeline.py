@@ -16,9 +16,9 @@ from hap_hf.errors import BatchError
 from hap_hf.losses import LossFunction
 from hap_hf.plan import IMPLANT
 from hap_hf.report import ModelSize, PruningReport, make_report, measure_size
-from hap_hf.rounds import Amounts, config_of_round
 from hap_hf.scores import score_groups
 from hap_hf.selection import make_plan, select_groups
+from hap_hf.selection.rounds import Amounts, config_of_round
 from hap_hf.surgery import apply_plan_, carry_optimizer_state_, collect_input_moments
 
 

@@ -19,7 +19,7 @@ from hap_hf.errors import BatchError, ConfigError, UnsupportedModelError
 from hap_hf.losses import LossFunction
 from hap_hf.pipeline import Round, prune_round
 from hap_hf.report import ModelSize, PruningReport
-from hap_hf.rounds import Amounts
+from hap_hf.selection.rounds import Amounts
 
 logger = logging.getLogger(__name__)
 

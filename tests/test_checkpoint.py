@@ -273,5 +273,5 @@ def test_save_pruned_refuses_a_model_that_was_not_pruned(tmp_path):
 def test_registration_happens_on_import():
     from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 
-    assert AUTO_QUANTIZER_MAPPING["hap"] is hap_hf.loading.HapQuantizer
-    assert AUTO_QUANTIZATION_CONFIG_MAPPING["hap"] is hap_hf.loading.HapPlanConfig
+    assert AUTO_QUANTIZER_MAPPING["hap"] is hap_hf.checkpoint.loading.HapQuantizer
+    assert AUTO_QUANTIZATION_CONFIG_MAPPING["hap"] is hap_hf.checkpoint.loading.HapPlanConfig

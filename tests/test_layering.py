@@ -11,25 +11,22 @@ import hap_hf
 
 PACKAGE = Path(hap_hf.__file__).parent
 LAYERS = [
-    {"errors", "version", "tables"},
+    {"errors", "version"},
     {"group"},
     {"config", "untrusted"},
     {"plan", "curvature"},
     {"surgery"},
     {"discovery"},
     {"losses"},
-    {"scores", "size"},
-    {"ranking"},
-    {"budget"},
-    {"rounds", "selection", "report"},
-    {"loading", "vanilla"},
+    {"scores"},
+    {"selection", "report"},
     {"checkpoint"},
-    {"legacy", "pipeline"},
+    {"pipeline"},
     {"trainer"},
     {"__init__"},
 ]
 LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}
-MAY_IMPORT_TRANSFORMERS = {"loading", "checkpoint", "vanilla", "legacy", "trainer"}
+MAY_IMPORT_TRANSFORMERS = {"checkpoint", "trainer"}
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 
@@ -69,7 +66,7 @@ def test_curvature_knows_no_group_and_surgery_no_score():
 
 
 def test_names_and_numbers_import_no_torch():
-    for module in ("group", "plan", "config", "errors", "untrusted", "rounds"):
+    for module in ("group", "plan", "config", "errors", "untrusted"):
         assert not any(n.split(".")[0] == "torch" for n in imports_of(PACKAGE / f"{module}.py"))
 
 

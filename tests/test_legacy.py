@@ -18,8 +18,8 @@ from transformers import (
 )
 
 from hap_hf.checkpoint import plan_of
+from hap_hf.checkpoint.legacy import load_pruned_heads
 from hap_hf.errors import ConfigError, PlanFormatError, PlanMismatchError, UnsupportedModelError
-from hap_hf.legacy import load_pruned_heads
 
 WIDTH = 24
 HEAD_DIM = 6

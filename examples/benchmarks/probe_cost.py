@@ -82,8 +82,8 @@ def main(argv: list[str] | None = None) -> float:
         whole.append(many / options.many / one)
     ratio = statistics.median(probes)
     print(
-        f"BERT {options.layers} x {options.hidden}, batch {options.batch} x {options.tokens}, {options.threads} thread(s), "
-        f"median of {options.repeats}:\n"
+        f"BERT {options.layers} x {options.hidden}, batch {options.batch} x {options.tokens}, "
+        f"{options.threads} thread(s), median of {options.repeats}:\n"
         f"  forward and backward         {statistics.median(passes):.3f} s\n"
         f"  one more probe               {ratio:.2f} forward and backward passes\n"
         f"  a probe of {options.many}, set-up included {statistics.median(whole):.2f}"

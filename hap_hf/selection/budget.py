@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from hap_hf.errors import ConfigError
 from hap_hf.plan import IMPLANT, KEEP, PRUNE, GroupPlan
-from hap_hf.ranking import Ranking, Split, implants
+from hap_hf.selection.ranking import Ranking, Split, implants
 
 logger = logging.getLogger(__name__)
 

@@ -7,11 +7,11 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
+from hap_hf.checkpoint.loading import QUANT_METHOD, HapPlanConfig
+from hap_hf.checkpoint.vanilla import stock_config
 from hap_hf.errors import ConfigError, PlanMismatchError, UnsupportedModelError
 from hap_hf.group import Role
-from hap_hf.loading import QUANT_METHOD, HapPlanConfig
 from hap_hf.plan import IMPLANT, PRUNE, PruningPlan
-from hap_hf.vanilla import stock_config
 
 
 def record_plan(model: nn.Module, plan: PruningPlan) -> None:

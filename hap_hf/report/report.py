@@ -10,9 +10,9 @@ from typing import Any
 
 from hap_hf.group import Kind
 from hap_hf.plan import IMPLANT, KEEP, PRUNE, GroupPlan, PruningPlan
+from hap_hf.report.size import ModelSize, measure_size
+from hap_hf.report.tables import markdown, plain_text
 from hap_hf.scores import Scores
-from hap_hf.size import ModelSize, measure_size
-from hap_hf.tables import markdown, plain_text
 
 __all__ = ["GroupReport", "ModelSize", "PruningReport", "make_report", "measure_size"]
 

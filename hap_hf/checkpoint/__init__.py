@@ -1,0 +1,6 @@
+"""Plans in ``config.json``: what lets ``save_pretrained`` and ``from_pretrained`` work on pruned models."""
+
+from hap_hf.checkpoint.legacy import load_pruned_heads
+from hap_hf.checkpoint.record import check_recordable, plan_of, record_plan, save_pruned
+
+__all__ = ["check_recordable", "load_pruned_heads", "plan_of", "record_plan", "save_pruned"]
