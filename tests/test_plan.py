@@ -79,6 +79,14 @@ def test_parameters_and_macs_are_those_counted_by_hand():
     assert ffn.macs == 10 * (30 * 16 + 16 * 30)
 
 
+def test_a_fused_projection_has_one_implant_for_all_its_slices():
+    slices = tuple(Slice("c", (16, 96), 1, third * 32, 4, Role.PRODUCER, 2.0) for third in range(3))
+    plan = GroupPlan(Group("g", Kind.HEADS, 8, slices), "kkkkkiip", {"c": 3})
+    # 5 kept heads of 3 * 4 rows with 16 inputs; 2 * 12 rows of rank 3.
+    assert plan.params == 5 * 12 * 16 + 3 * (24 + 16)
+    assert plan.macs == 2 * plan.params
+
+
 def test_a_whole_group_costs_its_units():
     for group in (heads_group("a", 6), ffn_group("a", 40)):
         whole = GroupPlan(group, "k" * group.num_units)
@@ -154,6 +162,7 @@ HOSTILE = {
     "huge count": (changed(*GROUP, "actions", value="9999999k"), "must describe exactly 6 units"),
     "longer count": (changed(*GROUP, "actions", value="9" * 30 + "k"), "malformed at character 0"),
     "zero count": (changed(*GROUP, "actions", value="0k6k"), "must describe exactly 6 units"),
+    "zero count at the end": (changed(*GROUP, "actions", value="6k0k"), "must describe exactly 6 units"),
     "negative count": (changed(*GROUP, "actions", value="-6k"), "malformed at character 0"),
     "foreign digits": (changed(*GROUP, "actions", value="\u0666k"), "malformed at character 0"),
     "count without letter": (changed(*GROUP, "actions", value="6k3"), "malformed at character 2"),
