@@ -15,7 +15,7 @@ from hap_hf.discovery import find_groups
 from hap_hf.errors import BatchError
 from hap_hf.losses import LossFunction
 from hap_hf.plan import IMPLANT
-from hap_hf.report import ModelSize, PruningReport, make_report, measure_size
+from hap_hf.report import PruningReport, make_report, measure_size
 from hap_hf.scores import score_groups
 from hap_hf.selection import make_plan, select_groups
 from hap_hf.selection.rounds import Amounts, config_of_round
@@ -44,12 +44,10 @@ class RoundResult:
     Args:
         report: What it cost and saved.
         start: What could be pruned before the first round.
-        size: Size of the model before this round.
     """
 
     report: PruningReport
     start: Amounts
-    size: ModelSize
 
 
 def prune(
@@ -137,7 +135,7 @@ def prune_round(
     record_plan(model, plan)
     clock.lap("surgery")
     after = measure_size(model, used[0])
-    return RoundResult(make_report(plan, scores, before, after, clock.seconds), start, before)
+    return RoundResult(make_report(plan, scores, before, after, clock.seconds), start)
 
 
 def _place(place: Round, start: Amounts) -> dict[str, int | float]:

@@ -165,6 +165,9 @@ def test_rounds_rise_to_the_target_and_each_is_scored_anew(tmp_path):
     removed = [sum(g.units - g.kept - g.implanted for g in r.groups) for r in pruner.reports]
     assert removed == [int(0.3 * units), int(0.6 * units) - int(0.3 * units)]
     assert len(plan_of(trainer.model).stages) == 2
+    for number, report in enumerate(pruner.reports, 1):
+        written = json.loads((tmp_path / f"pruning_round_{number}" / "pruning_report.json").read_text())
+        assert written == report.to_dict()
     reloaded = hf.AutoModelForSequenceClassification.from_pretrained(save(trainer, tmp_path))
     assert_same(reloaded, trainer.model)
 

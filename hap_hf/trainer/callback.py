@@ -1,25 +1,22 @@
-"""Pruning inside the Hugging Face ``Trainer``: when to call the pipeline, nothing about how."""
+"""The callback that prunes."""
 
 import inspect
 import logging
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from itertools import islice
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset
+from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hap_hf.checkpoint import plan_of
 from hap_hf.config import HapConfig
-from hap_hf.errors import BatchError, ConfigError, UnsupportedModelError
+from hap_hf.errors import ConfigError, UnsupportedModelError
 from hap_hf.losses import LossFunction
 from hap_hf.pipeline import Round, prune_round
-from hap_hf.report import ModelSize, PruningReport
+from hap_hf.report import PruningReport
 from hap_hf.selection.rounds import Amounts
+from hap_hf.trainer.scoring import scoring_batches, trainer_loss, without_autocast
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +26,8 @@ class HessianPruner(TrainerCallback):
 
     Scores are computed with the Trainer's own loss (label smoothing and ``compute_loss_func`` included) on batches of
     its training data, the optimizer's state follows the parameters, and what was done is logged through the Trainer
-    and written to ``pruning_report.json`` and ``pruning_report.md`` in its output folder.
+    and written to ``pruning_report.json`` and ``pruning_report.md`` in its output folder. With several rounds these two
+    are the last round's, and each has its own in ``pruning_round_1`` and so on.
 
     By default the model is pruned once, before the first step. ``step`` or ``epoch`` move that to the end of a step or
     epoch; with several rounds, the next ones follow ``interval`` steps (where ``step`` is given) or epochs later, each
@@ -77,7 +75,6 @@ class HessianPruner(TrainerCallback):
         self._loss_fn = loss_fn
         self._done = 0
         self._start: Amounts | None = None
-        self._dense: ModelSize | None = None
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -98,7 +95,7 @@ class HessianPruner(TrainerCallback):
         if state.global_step > 0:
             self._resume(state, kwargs["model"])
         else:
-            self._done, self._start, self._dense, self.reports = 0, None, None, []
+            self._done, self._start, self.reports = 0, None, []
         last = self._due(self.num_rounds)
         total = float(state.max_steps if self.step is not None else args.num_train_epochs)
         if self.step is None and args.max_steps > 0:
@@ -189,7 +186,7 @@ class HessianPruner(TrainerCallback):
             loader = kwargs["train_dataloader"]
             batches = scoring_batches(loader.dataset, loader.collate_fn, args.train_batch_size, self.config)
         optimizer = kwargs["optimizer"]
-        with _without_autocast(kwargs["model"]):
+        with without_autocast(kwargs["model"]):
             result = prune_round(
                 kwargs["model"],
                 batches,
@@ -200,77 +197,16 @@ class HessianPruner(TrainerCallback):
             )
         self._done += 1
         self._start = result.start
-        self._dense = self._dense or result.size
         self.reports.append(result.report)
         # What was best before is another model: it must not be loaded into this one, nor win against it.
         state.best_metric = None
         state.best_model_checkpoint = None
         trainer.log(result.report.to_log())
         if state.is_world_process_zero:
-            result.report.save(Path(args.output_dir or "."))
-
-
-@contextmanager
-def _without_autocast(model: nn.Module) -> Generator[None]:
-    """Score in ``config.precision`` and not in the training's: accelerate puts autocast around the model's forward."""
-    patched, original = model.__dict__.get("forward"), model.__dict__.get("_original_forward")
-    if patched is None or original is None:
-        yield
-        return
-    model.forward = original
-    try:
-        yield
-    finally:
-        model.forward = patched
-
-
-def trainer_loss(trainer: Trainer) -> LossFunction:
-    """Return the loss that ``trainer`` trains with, as a function of a model and a batch.
-
-    Args:
-        trainer: The Trainer.
-
-    Returns:
-        The mean loss of a batch, with label smoothing or ``compute_loss_func`` as in training.
-    """
-
-    def loss(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
-        # compute_loss takes the labels out of the mapping it is given.
-        value = trainer.compute_loss(model, dict(batch))
-        return value[0] if isinstance(value, tuple) else value
-
-    return loss
-
-
-def scoring_batches(
-    dataset: Any, collate_fn: Callable[[list[Any]], Mapping[str, Any]], batch_size: int, config: HapConfig
-) -> Iterator[Mapping[str, Any]]:
-    """Yield the training batches that :class:`HessianPruner` scores on.
-
-    A loader of its own, in an order that only ``config.seed`` decides: reading the Trainer's would move its sampler
-    and change the training.
-
-    Args:
-        dataset: The training data.
-        collate_fn: Makes a batch out of samples.
-        batch_size: Samples a batch.
-        config: Settings; ``seed`` and ``max_batches`` are used.
-
-    Yields:
-        Batches as the model takes them.
-
-    Raises:
-        BatchError: If the data is empty.
-    """
-    if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
-        yield from islice(DataLoader(dataset, batch_size=batch_size, collate_fn=collate_fn), config.max_batches)
-        return
-    if len(dataset) == 0:
-        raise BatchError("expected training data to score on, got an empty dataset")
-    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(config.seed)).tolist()
-    most = len(order) if config.max_batches is None else config.max_batches * batch_size
-    for start in range(0, min(len(order), most), batch_size):
-        yield collate_fn([dataset[i] for i in order[start : start + batch_size]])
+            folder = Path(args.output_dir or ".")
+            result.report.save(folder)
+            if self.num_rounds > 1:
+                result.report.save(folder / f"pruning_round_{self._done}")
 
 
 def _calling_trainer() -> Trainer:
