@@ -124,8 +124,10 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
     parser.add_argument("--implant_ratio", type=float, default=0.2, help="share of cut units that become implants")
     parser.add_argument("--num_probes", type=int, default=8, help="Hutchinson probes a batch")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads; a model this small gains little from more")
     options = parser.parse_args(argv)
     logging.basicConfig(level=logging.WARNING)
+    torch.set_num_threads(options.threads)
     set_seed(options.seed)
     train, test = digits(options.seed)
     common = {"output_dir": options.output_dir, "seed": options.seed}
@@ -150,7 +152,7 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
     trainer.train()
     pruned_dir = options.output_dir / "pruned"
     trainer.save_model(str(pruned_dir))
-    Console().print(str(pruner.reports[-1]))
+    print(pruner.reports[-1])
 
     # From here on only the files count: both models come back through plain from_pretrained.
     models = {
