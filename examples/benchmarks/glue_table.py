@@ -128,7 +128,9 @@ def to_markdown(rows: Sequence[Row], metrics: Sequence[str]) -> str:
 
         if "keep" not in row:
             pruned = next((r["results"] for r in rows if "keep" in r), None)
-            size = [f"{pruned[f'dense_{what}'] / 1e6:.2f}" for what in ("params", "macs")] if pruned else ["", ""]
+            size = ["", ""]
+            if pruned:
+                size = [f"{pruned['dense_params'] / 1e6:.2f}", f"{pruned['dense_macs'] / 1e6:.0f}"]
             lines.append(["100% (dense)", "", "", scores("eval"), *size, "", "", ""])
             continue
         lines.append([
