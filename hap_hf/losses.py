@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
 
+from hap_hf.batches import move_to_model
 from hap_hf.config import Precision
 from hap_hf.errors import BatchError
 
@@ -52,7 +52,7 @@ def batch_losses(
                 f"batch {index}: expected a mapping from argument names to tensors, got {type(batch).__name__}; use a "
                 "collator that returns a dict"
             )
-        moved = tree_map_only(Tensor, lambda t: t.to(device), dict(batch))
+        moved = move_to_model(model, batch)
         yield partial(loss_of, moved), count_loss_terms(moved, shifted=shifted)
 
 

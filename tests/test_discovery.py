@@ -11,12 +11,12 @@ from plans import plan_of
 from reference import masked
 from torch import nn
 
+from hap_hf.batches import few_samples
 from hap_hf.discovery import find_groups
 from hap_hf.discovery.layout import runs
-from hap_hf.discovery.record import few_samples
 from hap_hf.errors import BatchError, UnsupportedModelError
 from hap_hf.group import Kind
-from hap_hf.surgery import apply_plan_
+from hap_hf.surgery import apply_plan_, collect_input_moments
 
 
 class Block(nn.Module):
@@ -96,6 +96,22 @@ def test_what_depends_on_the_number_of_a_neuron_is_left_whole(caplog):
         groups = find_groups(model, net_batch())
     assert [g.name for g in groups] == ["blocks.1:ffn"]
     assert "left whole: ['blocks.0:ffn']" in caplog.text
+
+
+def test_projections_called_by_keyword_are_found_pruned_and_calibrated():
+    class Named(Block):
+        def forward(self, x):
+            return x + self.down(input=self.between(self.up(input=self.norm(x))))
+
+    model, batch = randomise_(Net(Named(nn.GELU()))).double().eval(), net_batch()
+    (group,) = find_groups(model, batch)
+    assert group.num_units == 12
+    assert collect_input_moments(model, ["blocks.0.up.weight"], [batch])["blocks.0.up.weight"].shape == (8, 8)
+    expected = copy.deepcopy(model)
+    with torch.no_grad():
+        expected.blocks[0].down.weight[:, [1, 5]] = 0
+    apply_plan_(model, plan_of({group: [1, 5]}))
+    torch.testing.assert_close(model(**batch), expected(**batch), rtol=0, atol=1e-12)
 
 
 def test_a_hidden_layer_that_is_also_read_elsewhere_is_left_whole():

@@ -14,7 +14,7 @@ LAYERS = [
     {"errors", "version"},
     {"group"},
     {"config", "untrusted"},
-    {"plan", "curvature"},
+    {"plan", "curvature", "batches"},
     {"surgery"},
     {"discovery"},
     {"losses"},

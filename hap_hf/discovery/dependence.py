@@ -46,11 +46,10 @@ class Dependence:
     Args:
         recording: The cut-open forward pass.
         targets: The tensors asked about, ``[..., channels]`` where single channels are.
-        seed: Seed of the random cotangents.
     """
 
-    def __init__(self, recording: Recording, targets: list[Tensor], seed: int = 0) -> None:
-        self._generator = torch.Generator().manual_seed(seed)
+    def __init__(self, recording: Recording, targets: list[Tensor]) -> None:
+        self._generator = torch.Generator().manual_seed(0)
         self._targets = [t for t in targets if t.requires_grad]
         self._is_leaf = set(recording.leaves)
         behind = _variables_behind(self._targets)

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from hap_hf.batches import batch_size, few_samples, move_to_model
 from hap_hf.curvature.state import preserved
 from hap_hf.discovery.families import find_candidates
-from hap_hf.discovery.record import batch_size, few_samples, move_to_model, record
+from hap_hf.discovery.record import record
 from hap_hf.discovery.trial import accept
 from hap_hf.errors import BatchError, UnsupportedModelError
 from hap_hf.group import Group

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from hap_hf.batches import batch_size
 from hap_hf.curvature.state import preserved
 from hap_hf.surgery.projection import is_projection
 
@@ -40,63 +41,20 @@ class Recording:
     batch_size: int = 1
 
 
-def move_to_model(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
-    """Return ``batch`` with its tensors on the device of ``model``.
-
-    Args:
-        model: The model.
-        batch: Keyword arguments of its forward.
-
-    Returns:
-        A new mapping.
-    """
-    device = next(model.parameters()).device
-    return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
-
-
-def few_samples(batch: Mapping[str, Any], most: int = 2) -> dict[str, Any]:
-    """Return the first samples of ``batch``, where every tensor has as many samples.
-
-    Args:
-        batch: Keyword arguments of the model's forward.
-        most: Number of samples to keep.
-
-    Returns:
-        The smaller batch, or the same one where the tensors disagree on what a sample is.
-    """
-    sizes = {v.shape[0] for v in batch.values() if isinstance(v, Tensor) and v.dim()}
-    if len(sizes) != 1:
-        return dict(batch)
-    return {k: v[:most] if isinstance(v, Tensor) and v.dim() else v for k, v in batch.items()}
-
-
-def batch_size(batch: Mapping[str, Any]) -> int:
-    """Return the number of samples of ``batch``: the leading size of its first tensor.
-
-    Args:
-        batch: Keyword arguments of the model's forward.
-
-    Returns:
-        The size, 1 where there is no tensor.
-    """
-    return next((v.shape[0] for v in batch.values() if isinstance(v, Tensor) and v.dim()), 1)
-
-
 @contextmanager
-def record(model: nn.Module, batch: Mapping[str, Any], seed: int = 0) -> Generator[Recording]:
+def record(model: nn.Module, batch: Mapping[str, Any]) -> Generator[Recording]:
     """Record one forward pass, and leave the model as found.
 
     Args:
         model: The model.
         batch: Keyword arguments of its forward, on its device.
-        seed: Seed of the random leaves.
 
     Yields:
         The recording, while the model's parameters still require gradients.
     """
     projections = {name: m for name, m in model.named_modules() if is_projection(m)}
     recording = Recording(projections, parameters=dict(model.named_parameters()), batch_size=batch_size(batch))
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
 
     def cut(name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ from hap_hf.errors import PlanMismatchError, UnsupportedModelError
 from hap_hf.group import Group, Role
 from hap_hf.plan import KEEP, PRUNE, GroupPlan, PruningPlan
 from hap_hf.surgery.apply import apply_plan_undoable_, undo_
+from hap_hf.surgery.projection import on_input
 
 logger = logging.getLogger(__name__)
 
@@ -199,7 +200,7 @@ class Trial:
             self._model.get_submodule(n).register_forward_hook(lambda m, args, out: seen.append(out)) for n in watched
         ]
         handles += [
-            self._model.get_submodule(name).register_forward_pre_hook(_zeroing(indices))
+            on_input(self._model.get_submodule(name), _zeroing(indices))
             for name, indices in consumed_channels(mask).items()
         ]
         try:
@@ -227,13 +228,13 @@ def consumed_channels(mask: Sequence[tuple[Group, list[int]]]) -> dict[str, list
     return result
 
 
-def _zeroing(indices: list[int]) -> Any:
-    def hook(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        keep = torch.ones(args[0].shape[-1], dtype=args[0].dtype, device=args[0].device)
+def _zeroing(indices: list[int]) -> Callable[[Tensor], Tensor]:
+    def zero(x: Tensor) -> Tensor:
+        keep = torch.ones(x.shape[-1], dtype=x.dtype, device=x.device)
         keep[indices] = 0
-        return (args[0] * keep, *args[1:])
+        return x * keep
 
-    return hook
+    return zero
 
 
 def _plan(group: Group, units: Sequence[int]) -> GroupPlan:

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from hap_hf.batches import batch_size, move_to_model
 from hap_hf.curvature import preserved
-from hap_hf.discovery.record import batch_size, move_to_model
 from hap_hf.errors import BatchError
 
 

@@ -1,12 +1,14 @@
 """Second moments of layer inputs, for implants that fit the data and not only the weights."""
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from hap_hf.batches import move_to_model
 from hap_hf.curvature.state import preserved
+from hap_hf.surgery.projection import on_input
 
 
 def collect_input_moments(
@@ -22,23 +24,22 @@ def collect_input_moments(
     Returns:
         A float64 ``[in_features, in_features]`` moment for each name whose layer was called.
     """
-    device = next(model.parameters()).device
     sums: dict[str, Tensor] = {}
     counts: dict[str, int] = {}
 
-    def watch(name: str) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            x = args[0].detach().flatten(0, -2).float()
+    def watch(name: str) -> Callable[[Tensor], None]:
+        def add(x: Tensor) -> None:
+            x = x.detach().flatten(0, -2).float()
             sums[name] = sums.get(name, 0) + (x.T @ x).double()
             counts[name] = counts.get(name, 0) + x.shape[0]
 
-        return hook
+        return add
 
-    handles = [model.get_submodule(t.rpartition(".")[0]).register_forward_pre_hook(watch(t)) for t in tensors]
+    handles = [on_input(model.get_submodule(t.rpartition(".")[0]), watch(t)) for t in tensors]
     try:
         with preserved(model), torch.no_grad():
             for batch in batches:
-                model(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()})
+                model(**move_to_model(model, batch))
     finally:
         for handle in handles:
             handle.remove()

@@ -1,6 +1,10 @@
 """Which modules multiply by a weight matrix, and how they store it."""
 
-from torch import nn
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from hap_hf.surgery.implant import ImplantLinear
 
@@ -50,3 +54,26 @@ def input_dim(module: nn.Module) -> int:
         0 or 1.
     """
     return 1 - output_dim(module)
+
+
+def on_input(module: nn.Module, function: Callable[[Tensor], Tensor | None]) -> RemovableHandle:
+    """Call ``function`` with the input of a projection before each of its calls.
+
+    Args:
+        module: A projection, called with its input by position or by name.
+        function: Takes the input; what it returns, if anything, takes the input's place.
+
+    Returns:
+        The handle that takes the hook away again.
+    """
+
+    def hook(
+        module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        name = None if args else next(iter(kwargs))
+        changed = function(args[0] if name is None else kwargs[name])
+        if changed is None:
+            return None
+        return ((changed, *args[1:]), kwargs) if name is None else (args, {**kwargs, name: changed})
+
+    return module.register_forward_pre_hook(hook, with_kwargs=True)
