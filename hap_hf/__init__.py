@@ -3,7 +3,7 @@
 A model and some batches become groups of units; groups and curvature become scores; scores and a budget become a plan;
 the plan, alone, makes the model smaller, now or later inside ``from_pretrained``:
 
-    groups = find_groups(model, batch)              # attention heads, FFN neurons
+    groups = find_groups(model, batch)              # attention heads, FFN neurons, convolution channels
     scores = score_groups(model, groups, batches, config)
     plan = make_plan(groups, scores, config)
     apply_plan_(model, plan)
@@ -11,6 +11,8 @@ the plan, alone, makes the model smaller, now or later inside ``from_pretrained`
 ``prune`` does all of it, and ``HessianPruner`` does it inside the ``Trainer``. Importing this package is what lets
 ``AutoModel….from_pretrained`` load pruned checkpoints.
 """
+
+import importlib.util
 
 from hap_hf.checkpoint import load_pruned_heads, plan_of, record_plan, save_pruned
 from hap_hf.config import HapConfig, ImplantInit, Method, Precision
@@ -30,7 +32,15 @@ from hap_hf.plan import GroupPlan, PruningPlan
 from hap_hf.report import ModelSize, PruningReport, measure_size
 from hap_hf.scores import Scores, score_groups
 from hap_hf.selection import make_plan
-from hap_hf.surgery import ImplantLinear, TensorChange, apply_plan_, carry_optimizer_state_, check_plan
+from hap_hf.surgery import (
+    ImplantConv2d,
+    ImplantLinear,
+    TensorChange,
+    apply_plan_,
+    carry_optimizer_state_,
+    check_plan,
+    recalibrate_batch_norms_,
+)
 from hap_hf.trainer import HessianPruner
 from hap_hf.version import __version__
 
@@ -51,11 +61,13 @@ __all__ = [  # noqa: RUF022 (by stage, not by letter)
     "make_plan",
     "check_plan",
     "apply_plan_",
+    "recalibrate_batch_norms_",
     "carry_optimizer_state_",
     # what they pass on
     "Counter",
     "Group",
     "GroupPlan",
+    "ImplantConv2d",
     "ImplantLinear",
     "ModelSize",
     "PruningPlan",
@@ -79,3 +91,7 @@ __all__ = [  # noqa: RUF022 (by stage, not by letter)
     "PlanMismatchError",
     "UnsupportedModelError",
 ]
+
+if importlib.util.find_spec("timm") is not None:
+    # So that the names of its models are known wherever checkpoints of them are loaded.
+    from hap_hf import cifar as cifar

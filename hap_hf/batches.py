@@ -1,10 +1,28 @@
 """Batches as Hugging Face collators give them: on the model's device, fewer samples, how many there are."""
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
+
+
+def as_mapping(model: nn.Module, batch: Any) -> Any:
+    """Return a pair of inputs and labels, as torch's data loaders give it, under the names that the model expects.
+
+    Args:
+        model: The model.
+        batch: A pair of tensors, or anything else.
+
+    Returns:
+        The pair as a mapping from the first argument of the model's forward and from ``"labels"``; anything else as it
+        is.
+    """
+    if isinstance(batch, (tuple, list)) and len(batch) == 2 and all(isinstance(t, Tensor) for t in batch):
+        first = next(iter(inspect.signature(model.forward).parameters))
+        return {first: batch[0], "labels": batch[1]}
+    return batch
 
 
 def move_to_model(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
@@ -48,3 +66,20 @@ def batch_size(batch: Mapping[str, Any]) -> int:
         The size, 1 where there is no tensor.
     """
     return next((v.shape[0] for v in batch.values() if isinstance(v, Tensor) and v.dim()), 1)
+
+
+def call(model: nn.Module, batch: Mapping[str, Any]) -> Any:
+    """Return the output of ``model`` on a batch, of which a forward without ``labels`` gets the rest.
+
+    Args:
+        model: The model: a transformers one, or any module whose forward names its inputs as the batch does.
+        batch: Keyword arguments of its forward, on its device.
+
+    Returns:
+        Whatever the model returns.
+    """
+    if "labels" in batch:
+        parameters = inspect.signature(model.forward).parameters
+        if "labels" not in parameters and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+            batch = {k: v for k, v in batch.items() if k != "labels"}
+    return model(**batch)

@@ -16,10 +16,36 @@ class Method(StrEnum):
 
     HESSIAN = "hessian"
     """Relative Hessian trace by Hutchinson's estimator (Yu et al., WACV 2022)."""
+    GGN = "ggn"
+    """The same with the generalised Gauss-Newton matrix G for the Hessian: no cross terms, never negative."""
+    GGN_QUADRATIC = "ggn_quadratic"
+    """w_u^T G w_u / 2 instead of the mean eigenvalue: the curvature along the unit's own weights."""
+    EMPIRICAL_FISHER = "empirical_fisher"
+    """The same as ``ggn`` with the squared gradients of the labels at hand."""
+    TAYLOR = "taylor"
+    """First-order change of the loss (Molchanov et al., CVPR 2019)."""
+    MASK_FISHER = "mask_fisher"
+    """Squared gradients of a mask on what is read of the unit (Kwon et al., NeurIPS 2022)."""
+    MICHEL = "michel"
+    """Absolute gradients of that mask, normalised in each group (Michel et al., NeurIPS 2019)."""
     MAGNITUDE = "magnitude"
     """Squared norm over number of entries; needs no batch."""
     RANDOM = "random"
     """Uniform random numbers; the floor that a criterion must beat."""
+
+
+class Coupling(StrEnum):
+    """How a trace and a squared norm are combined where a unit has slices of several tensors.
+
+    For the methods ``hessian``, ``ggn``, ``empirical_fisher`` and ``magnitude``; the others have no such choice.
+    """
+
+    JOINT = "joint"
+    """All its weights are one vector: the trace times the norm of all, over the number of all."""
+    SUM = "sum"
+    """Each slice by itself, and the results added up: no slice's norm meets another's trace."""
+    FILTER = "filter"
+    """The paper's: as ``sum``, but only of the rows that produce the unit, not of what reads it."""
 
 
 class Precision(StrEnum):
@@ -57,16 +83,21 @@ class HapConfig:
         target_macs: Share of the prunable multiply-accumulates to keep, in (0, 1).
         implant_ratio: Share of the cut units that is implanted instead of removed, in [0, 1].
         max_group_ratio: Largest share of a group's units that may be cut, in (0, 1]. The best unit always stays.
-        round_to: Surviving FFN widths are a multiple of this.
+        round_to: Surviving numbers of neurons and of channels are a multiple of this.
         kinds: Which kinds of units to touch.
         exclude: Glob patterns; groups whose name, or one of whose tensors' names, matches stay whole.
         method: How sensitivities are estimated.
+        coupling: How the slices of a unit are combined.
         num_probes: Hutchinson probes per batch, at least 2 so that a standard error exists.
+        num_output_probes: Backward passes per batch of the ``ggn`` methods, each from random signs at the model's
+            outputs; None for as many as there are outputs, which is exact.
         max_batches: Use at most this many batches; None for all.
         precision: Arithmetic while scoring.
         seed: Seed of probes and random scores.
         implant_init: Initial weights of implants.
-        implant_cost: Size of an implant as a share of the weights it replaces, in (0, 1).
+        implant_cost: Size of a linear layer's implant as a share of the weights it replaces, in (0, 1). That of a
+            convolution is 1 x 1.
+        recalibrate: Estimate the statistics of batch norms anew after surgery, on the batches given; no labels needed.
         progress: Show a progress bar while scoring.
 
     Raises:
@@ -79,15 +110,18 @@ class HapConfig:
     implant_ratio: float = 0.0
     max_group_ratio: float = 0.95
     round_to: int = 1
-    kinds: tuple[Kind, ...] = (Kind.HEADS, Kind.FFN)
+    kinds: tuple[Kind, ...] = (Kind.HEADS, Kind.FFN, Kind.CHANNELS)
     exclude: tuple[str, ...] = ()
     method: Method = Method.HESSIAN
+    coupling: Coupling = Coupling.JOINT
     num_probes: int = 8
+    num_output_probes: int | None = 1
     max_batches: int | None = 8
     precision: Precision = Precision.FP32
     seed: int = 0
     implant_init: ImplantInit = ImplantInit.SVD
     implant_cost: float = 0.25
+    recalibrate: bool = True
     progress: bool = True
 
     def __post_init__(self) -> None:
@@ -99,6 +133,7 @@ class HapConfig:
         self._set("kinds", tuple(_member(Kind, "kinds", k) for k in _sequence("kinds", self.kinds)))
         self._set("exclude", tuple(_sequence("exclude", self.exclude)))
         self._set("method", _member(Method, "method", self.method))
+        self._set("coupling", _member(Coupling, "coupling", self.coupling))
         self._set("precision", _member(Precision, "precision", self.precision))
         self._set("implant_init", _member(ImplantInit, "implant_init", self.implant_init))
         amounts = {
@@ -121,13 +156,15 @@ class HapConfig:
         _between("implant_cost", self.implant_cost, 0, 1, "(0, 1)")
         _at_least("round_to", self.round_to, 1)
         _at_least("num_probes", self.num_probes, 2)
-        if self.max_batches is not None:
-            _at_least("max_batches", self.max_batches, 1)
+        for name in ("num_output_probes", "max_batches"):
+            if getattr(self, name) is not None:
+                _at_least(name, getattr(self, name), 1)
         _at_least("seed", self.seed, 0)
         if self.seed >= 2**63:
             raise ConfigError(f"seed must be below 2**63, the largest that torch.Generator takes, got {self.seed!r}")
-        if not isinstance(self.progress, bool):
-            raise ConfigError(f"progress must be True or False, got {self.progress!r}")
+        for name in ("recalibrate", "progress"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} must be True or False, got {getattr(self, name)!r}")
         if not self.kinds:
             raise ConfigError(f"kinds is empty: nothing could be removed; choose from {[k.value for k in Kind]}")
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from fnmatch import fnmatchcase
 from math import prod
+from typing import NamedTuple
 
 
 class Kind(StrEnum):
@@ -18,6 +19,8 @@ class Kind(StrEnum):
     """An attention head; under grouped queries, a key/value head with its query heads."""
     FFN = "ffn"
     """A neuron of a feed-forward block: a row of the up (and gate) projection and a column of the down projection."""
+    CHANNELS = "channels"
+    """A convolution channel, in every layer that keeps or loses it together; a whole group of a grouped convolution."""
 
 
 COUNTER_NAMES = frozenset({
@@ -35,6 +38,9 @@ COUNTER_NAMES = frozenset({
     "num_key_value_heads",
     "num_kv_heads",
     "num_query_heads",
+    # groups of channels
+    "groups",
+    "num_groups",
     # entries
     "all_head_size",
     "attention_dim",
@@ -64,11 +70,13 @@ class Role(StrEnum):
     PRODUCER = "producer"
     """A weight matrix whose output entries are the unit. An implant may replace these rows."""
     FACTOR = "factor"
-    """Like a producer, in a layer that already has an implant: scored and removed, never implanted again."""
+    """Like a producer, where no implant can stand: grouped convolutions, layers that have an implant already."""
     CONSUMER = "consumer"
     """A weight matrix that reads the unit. Removing the unit removes these columns."""
     ALIGNED = "aligned"
-    """Anything else with entries for each unit: biases, relative position tables. It follows the units."""
+    """Any other parameter with entries for each unit: biases, norms, relative position tables. It follows the units."""
+    STATISTIC = "statistic"
+    """A buffer with entries for each unit, such as the running mean of a batch norm: no parameter."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +127,41 @@ class Counter:
     width: int
 
 
+class ImplantShape(NamedTuple):
+    """What an implant would replace: rows of a linear layer, or kernels of a convolution.
+
+    Args:
+        rows: Output features or channels.
+        inputs: Input features or channels.
+        taps: Entries of one kernel, None for a linear layer.
+    """
+
+    rows: int
+    inputs: int
+    taps: int | None = None
+
+    @property
+    def replaced(self) -> int:
+        """Number of weights that go."""
+        return self.rows * self.inputs * (1 if self.taps is None else self.taps)
+
+    @property
+    def max_rank(self) -> int:
+        """Largest rank; 1 for a convolution, where it stands for the one tap of the implant."""
+        return min(self.rows, self.inputs) if self.taps is None else 1
+
+    def weights(self, rank: int) -> int:
+        """Return the number of weights of the implant: two factors, or a kernel of one tap.
+
+        Args:
+            rank: Size of the bottleneck of a linear layer's implant.
+
+        Returns:
+            The number.
+        """
+        return rank * (self.rows + self.inputs) if self.taps is None else self.rows * self.inputs
+
+
 @dataclass(frozen=True, slots=True)
 class Group:
     """Units that share one axis, with every slice and counter that must change with them.
@@ -145,14 +188,14 @@ class Group:
     @property
     def params_per_unit(self) -> int:
         """Number of parameters that removing one unit removes."""
-        return sum(s.entries_per_unit for s in self.slices)
+        return sum(s.entries_per_unit for s in self.slices if s.role is not Role.STATISTIC)
 
     @property
     def macs_per_unit(self) -> float:
         """Multiply-accumulates per sample of the example batch that removing one unit saves."""
         return self.core_macs + sum(s.entries_per_unit * s.uses for s in self.slices)
 
-    def implant_shapes(self, implanted: int) -> dict[str, tuple[int, int]]:
+    def implant_shapes(self, implanted: int) -> dict[str, ImplantShape]:
         """Return the shape of the weights that an implant would replace in each producer.
 
         All slices of one tensor, such as the query, key and value thirds of a fused projection, share one implant.
@@ -161,15 +204,17 @@ class Group:
             implanted: Number of implanted units.
 
         Returns:
-            Number of output rows and number of inputs by tensor name.
+            The shapes by tensor name.
         """
         rows: dict[str, int] = defaultdict(int)
-        inputs: dict[str, int] = {}
+        shapes: dict[str, ImplantShape] = {}
         for s in self.slices:
             if s.role is Role.PRODUCER:
                 rows[s.tensor] += implanted * s.width
-                inputs[s.tensor] = s.entries_per_unit // s.width
-        return {tensor: (rows[tensor], inputs[tensor]) for tensor in rows}
+                inputs = s.shape[1 - s.dim] if len(s.shape) > 1 and s.dim < 2 else 0
+                taps = prod(s.shape[2:]) if len(s.shape) > 2 else None
+                shapes[s.tensor] = ImplantShape(rows[s.tensor], inputs, taps)
+        return shapes
 
     def matches(self, pattern: str) -> bool:
         """Return whether a glob pattern matches the group's name or that of one of its tensors.
@@ -188,4 +233,4 @@ class Group:
         Returns:
             The slices that are scored.
         """
-        return (s for s in self.slices if s.role is not Role.ALIGNED and len(s.shape) > 1)
+        return (s for s in self.slices if s.role not in {Role.ALIGNED, Role.STATISTIC} and len(s.shape) > 1)

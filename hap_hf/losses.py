@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
-from hap_hf.batches import move_to_model
+from hap_hf.batches import call, move_to_model
 from hap_hf.config import Precision
 from hap_hf.errors import BatchError
 
@@ -59,6 +60,8 @@ def batch_losses(
 def model_loss(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
     """Return the loss that a Hugging Face model computes when the batch holds labels.
 
+    Of a module that returns nothing but logits, ``[batch, classes]``, it is the cross-entropy with integer labels.
+
     Args:
         model: The model.
         batch: Keyword arguments of its forward.
@@ -69,7 +72,11 @@ def model_loss(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
     Raises:
         BatchError: If the model returned none.
     """
-    output = model(**batch)
+    output = call(model, batch)
+    labels = batch.get("labels")
+    are_classes = isinstance(labels, Tensor) and labels.dim() == 1 and not labels.is_floating_point()
+    if isinstance(output, Tensor) and output.dim() == 2 and are_classes:
+        return functional.cross_entropy(output, labels, ignore_index=IGNORED_LABEL)
     loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
     if not isinstance(loss, Tensor):
         raise BatchError(

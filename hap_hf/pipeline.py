@@ -1,7 +1,8 @@
-"""The stages in order: find, score, plan, apply, record, report."""
+"""The stages in order: find, score, plan, apply, record, recalibrate, report."""
 
+import logging
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
+from hap_hf.batches import as_mapping
 from hap_hf.checkpoint import check_recordable, record_plan
 from hap_hf.config import HapConfig, ImplantInit
 from hap_hf.discovery import find_groups
@@ -19,7 +21,14 @@ from hap_hf.report import PruningReport, make_report, measure_size
 from hap_hf.scores import score_groups
 from hap_hf.selection import make_plan, select_groups
 from hap_hf.selection.rounds import Amounts, config_of_round
-from hap_hf.surgery import apply_plan_, carry_optimizer_state_, collect_input_moments
+from hap_hf.surgery import (
+    apply_plan_,
+    carry_optimizer_state_,
+    collect_input_moments,
+    recalibrate_batch_norms_,
+)
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -66,10 +75,11 @@ def prune(
 
     Args:
         model: A trained model, neither wrapped, compiled nor quantized.
-        batches: Keyword arguments of the model's forward with labels, as a Hugging Face collator gives them; the first
-            ``config.max_batches`` are used.
+        batches: Keyword arguments of the model's forward with labels, as a Hugging Face collator gives them, or pairs
+            of inputs and labels; the first ``config.max_batches`` are used.
         config: How much to prune and how.
-        loss_fn: Loss of a model on a batch, a scalar; ``model(**batch).loss`` by default.
+        loss_fn: Loss of a model on a batch, a scalar; by default ``model(**batch).loss``, or the cross-entropy of what
+            returns logits alone.
         optimizer: An optimizer of the model that shall go on; its state follows the parameters.
 
     Returns:
@@ -110,7 +120,7 @@ def prune_round(
         BatchError: If there are no batches.
     """
     check_recordable(model)
-    used = list(islice(batches, config.max_batches))
+    used = [as_mapping(model, batch) for batch in islice(batches, config.max_batches)]
     if not used:
         raise BatchError("expected at least one batch to score on, got none; pass batches with labels")
     clock = Clock()
@@ -134,8 +144,19 @@ def prune_round(
         carry_optimizer_state_(optimizer, changes)
     record_plan(model, plan)
     clock.lap("surgery")
+    if now.recalibrate:
+        _recalibrate(model, used)
+        clock.lap("recalibration")
     after = measure_size(model, used[0])
     return RoundResult(make_report(plan, scores, before, after, clock.seconds), start)
+
+
+def _recalibrate(model: nn.Module, batches: Sequence[Mapping[str, Any]]) -> None:
+    try:
+        recalibrate_batch_norms_(model, batches)
+    except BatchError as error:
+        # The model is right without; statistics of an unfit batch would be worse than the old ones.
+        logger.warning("batch norms keep the statistics from before pruning: %s", error)
 
 
 def _place(place: Round, start: Amounts) -> dict[str, int | float]:

@@ -33,7 +33,8 @@ class GroupPlan:
     Args:
         group: The units and where they live.
         actions: One letter a unit: ``k`` keep, ``i`` implant, ``p`` prune.
-        ranks: Rank of the implant for each producer tensor, by tensor name; empty where nothing is implanted.
+        ranks: Rank of the implant for each producer tensor that gets one, by tensor name; 1 for convolutions. Empty
+            where nothing is implanted.
     """
 
     group: Group
@@ -54,7 +55,7 @@ class GroupPlan:
 
         Other groups that cut the same tensors along another dimension are not looked at.
         """
-        return round(self._remaining(lambda s: 1.0))
+        return round(self._remaining(lambda s: 0.0 if s.role is Role.STATISTIC else 1.0))
 
     @property
     def macs(self) -> float:
@@ -71,8 +72,8 @@ class GroupPlan:
             factored = s.role is Role.PRODUCER and s.tensor in self.ranks
             total += weight(s) * s.entries_per_unit * (kept if factored else kept + implanted)
             if factored and s.tensor in shapes:
-                rows, inputs = shapes.pop(s.tensor)  # one implant for all slices of the tensor
-                total += weight(s) * self.ranks[s.tensor] * (rows + inputs)
+                shape = shapes.pop(s.tensor)  # one implant for all slices of the tensor
+                total += weight(s) * shape.weights(self.ranks[s.tensor])
         return total
 
 
@@ -205,7 +206,7 @@ def _group_from_dict(data: object, where: str, most_units: int) -> GroupPlan:
     for tensor, rank in ranks.items():
         if tensor not in shapes:
             raise PlanFormatError(f"{where}.ranks names {short(tensor)}, which is no producer of the group")
-        number(rank, f"{where}.ranks[{tensor!r}]", 1, min(shapes[tensor]))
+        number(rank, f"{where}.ranks[{tensor!r}]", 1, shapes[tensor].max_rank)
     return GroupPlan(group, actions, dict(ranks))
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 @contextmanager
 def masked(model: nn.Module, removed: Mapping[Any, list[int]]) -> Generator[nn.Module]:
-    """Zero units where they are consumed: the input channels of the projections that read them."""
+    """Zero units where they are consumed: the input channels of the layers that read them."""
     channels: dict[str, list[int]] = {}
     for group, units in removed.items():
         for s in group.slices:
@@ -22,7 +22,9 @@ def masked(model: nn.Module, removed: Mapping[Any, list[int]]) -> Generator[nn.M
     def zero(indices: list[int]) -> Any:
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             x = args[0].clone()
-            x[..., indices] = 0
+            dims = {nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3}
+            spatial = next((n for kind, n in dims.items() if isinstance(module, kind)), 0)
+            x.movedim(-1 - spatial, 0)[indices] = 0
             return (x, *args[1:])
 
         return hook

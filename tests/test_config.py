@@ -76,7 +76,7 @@ def test_a_config_error_is_a_value_error_too():
         ({"prune_ratio": 0.5, "seed": 2**63}, r"seed must be below 2\*\*63"),
         ({"prune_ratio": 0.5, "progress": "no"}, "progress must be True or False, got 'no'"),
         ({"prune_ratio": 0.5, "kinds": ()}, "kinds is empty"),
-        ({"prune_ratio": 0.5, "kinds": "conv"}, r"kinds must be one of \['heads', 'ffn'\], got 'conv'"),
+        ({"prune_ratio": 0.5, "kinds": "conv"}, r"kinds must be one of \['heads', 'ffn', 'channels'\], got 'conv'"),
         ({"prune_ratio": 0.5, "kinds": 3}, "kinds must be a string or a sequence of strings, got 3"),
         ({"prune_ratio": 0.5, "exclude": [3]}, "exclude must hold strings, got 3"),
         ({"prune_ratio": 0.5, "method": "hesian"}, "method must be one of .*'hessian'.*, got 'hesian'"),

@@ -13,7 +13,7 @@ import pytest
 from synthetic_groups import ffn_group, heads_group
 
 from hap_hf.errors import PlanFormatError
-from hap_hf.group import Counter, Group, Kind, Role, Slice
+from hap_hf.group import Counter, Group, ImplantShape, Kind, Role, Slice
 from hap_hf.plan import MAX_STAGES, MAX_UNITS, GroupPlan, PruningPlan, decode_actions, encode_actions
 
 
@@ -329,8 +329,8 @@ def test_only_matrices_that_make_or_read_the_unit_are_scored():
 
 def test_implant_shapes_add_up_the_slices_of_a_fused_projection():
     slices = tuple(Slice("c", (16, 96), 1, third * 32, 4, Role.PRODUCER) for third in range(3))
-    assert Group("g", Kind.HEADS, 8, slices).implant_shapes(2) == {"c": (24, 16)}
-    assert heads_group("a", 8).implant_shapes(2)["a.k.weight"] == (8, 16)
+    assert Group("g", Kind.HEADS, 8, slices).implant_shapes(2) == {"c": ImplantShape(24, 16)}
+    assert heads_group("a", 8).implant_shapes(2)["a.k.weight"] == ImplantShape(8, 16)
 
 
 @pytest.mark.parametrize(("pattern", "expected"), [("a:*", True), ("*.up.bias", True), ("A:*", False), ("up", False)])

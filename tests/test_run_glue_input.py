@@ -37,7 +37,7 @@ def test_every_setting_is_a_flag_with_a_description(capsys: pytest.CaptureFixtur
     for field in dataclasses.fields(HapConfig):
         assert f"--{field.name}" in text
     assert "Share of all units below the threshold" in text
-    assert "Surviving FFN widths are a multiple of this" in text
+    assert "Surviving numbers of neurons and of channels are a multiple of this" in text
 
 
 def test_flags_become_the_config(tmp_path: Path) -> None:

@@ -12,24 +12,26 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from hap_hf.batches import batch_size, few_samples, move_to_model
+from hap_hf.batches import batch_size, call, few_samples, move_to_model
 from hap_hf.curvature.state import preserved
 from hap_hf.discovery.families import find_candidates
 from hap_hf.discovery.record import record
 from hap_hf.discovery.trial import accept
 from hap_hf.errors import BatchError, UnsupportedModelError
 from hap_hf.group import Group
-from hap_hf.surgery.projection import is_projection
+from hap_hf.surgery.projection import is_grouped, is_projection
 
 logger = logging.getLogger(__name__)
 
 
 def find_groups(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Group, ...]:
-    """Return every attention head and FFN neuron that can be removed from ``model``.
+    """Return every attention head, FFN neuron and convolution channel that can be removed from ``model``.
 
     A unit is what shares no weight with its neighbours: under grouped queries a key/value head with its query heads,
-    with a relative position table shared by all layers the same head of every layer. Anything whose removal would not
-    equal masking it, to the precision of the model's dtype, is left whole and named in a log line.
+    with a relative position table shared by all layers the same head of every layer, with residual additions the same
+    channel of every convolution that is added up, with grouped convolutions a group of channels. Anything
+    whose removal would not equal masking it, to the precision of the model's dtype, is left whole and named in a log
+    line.
 
     Args:
         model: The model, which is left as found. It must not be wrapped, compiled or quantized.
@@ -58,16 +60,17 @@ def find_groups(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Group, ...]
     if not groups:
         raise UnsupportedModelError(
             f"found nothing to remove in {type(model).__name__}: looked for attention heads (query, key, "
-            "value and output projections whose channels fall into two heads or more) and FFN neurons (two linear "
-            "layers with only elementwise operations between them) among "
-            f"{len(recording.projections)} linear layers, and had "
+            "value and output projections whose channels fall into two heads or more), FFN neurons (two linear "
+            "layers with only elementwise operations between them) and convolution channels (likewise, batch norms, "
+            "depthwise convolutions, additions and concatenations included) among "
+            f"{len(recording.projections)} linear layers and convolutions, and had "
             f"{len(candidates)} candidates, none of which gave the masked model's output when removed; "
             "logging.getLogger('hap_hf') at level INFO names each"
         )
     held = {s.tensor.rpartition(".")[0] for g in groups for s in g.slices}
     whole = sorted(set(recording.projections) - held)
     if whole:
-        logger.info("left whole: %d linear layers outside of any group: %s", len(whole), ", ".join(whole))
+        logger.info("left whole: %d layers outside of any group: %s", len(whole), ", ".join(whole))
     return tuple(_with_unique_names(groups))
 
 
@@ -117,11 +120,11 @@ def _macs_outside_projections(model: nn.Module, batch: Mapping[str, Any]) -> dic
     counter = FlopCounterMode(display=False)
     # The math kernel, so that attention products are matrix products and get counted.
     with preserved(model), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
-        model(**batch)
+        call(model, batch)
     totals = {key: sum(ops.values()) for key, ops in counter.get_flop_counts().items()}
     root = type(model).__name__
     result = {}
-    projections = [n for n, m in model.named_modules() if is_projection(m)]
+    projections = [n for n, m in model.named_modules() if is_projection(m) or is_grouped(m)]
     for name, _ in model.named_modules():
         inside = sum(totals.get(f"{root}.{p}", 0) for p in projections if p.startswith(f"{name}." if name else ""))
         total = totals.get(f"{root}.{name}" if name else root, 0)

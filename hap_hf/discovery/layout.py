@@ -5,8 +5,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from hap_hf.surgery.implant import ImplantLinear
-from hap_hf.surgery.projection import output_dim
+from hap_hf.surgery.projection import IMPLANTED, implant_tensors, output_dim
 
 
 @dataclass(frozen=True)
@@ -40,11 +39,11 @@ def output_segments(module: nn.Module) -> list[Segment]:
     out = output_dim(module)
     weight = module.get_parameter("weight")
     result = []
-    if isinstance(module, ImplantLinear):
+    if isinstance(module, IMPLANTED):
         feature = kept = implanted = 0
         for num_kept, num_implanted in module.segments:
             result.append(Segment("weight", out, feature, num_kept, kept))
-            result.append(Segment("implant_up", 0, feature + num_kept, num_implanted, implanted))
+            result.append(Segment(implant_tensors(module)[1], 0, feature + num_kept, num_implanted, implanted))
             feature, kept, implanted = feature + num_kept + num_implanted, kept + num_kept, implanted + num_implanted
         size = feature
     else:
@@ -66,8 +65,9 @@ def input_segments(module: nn.Module) -> list[Segment]:
     """
     inp = 1 - output_dim(module)
     result = [Segment("weight", inp, 0, module.get_parameter("weight").shape[inp], 0)]
-    if isinstance(module, ImplantLinear):
-        result.append(Segment("implant_down", 1, 0, module.implant_down.shape[1], 0))
+    if isinstance(module, IMPLANTED):
+        down = implant_tensors(module)[0]
+        result.append(Segment(down, 1, 0, module.get_parameter(down).shape[1], 0))
     return result
 
 

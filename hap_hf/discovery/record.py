@@ -1,10 +1,12 @@
 """One forward pass with the model cut open at every projection.
 
 Each projection's output is replaced by a fresh random leaf, so that autograd sees only what lies between projections:
-attention products, activations, norms. Which input channel of which projection depends on which output channel of
-which other is then a question about which gradients are exactly zero, whatever the ops in between are called.
+attention products, activations, norms, residual adds, concatenations, depthwise convolutions. Which input channel of
+which projection depends on which output channel of which other is then a question about gradients, whatever the ops in
+between are called.
 """
 
+import copy
 from collections import defaultdict
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
@@ -13,11 +15,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
-from hap_hf.batches import batch_size
+from hap_hf.batches import batch_size, call
 from hap_hf.curvature.state import preserved
-from hap_hf.surgery.projection import is_projection
+from hap_hf.surgery.projection import channel_dim, is_grouped, is_projection
+
+STATISTICS = nn.modules.batchnorm._NormBase
+"""Layers that keep running statistics for each channel."""
 
 
 @dataclass(eq=False)
@@ -26,19 +31,45 @@ class Recording:
 
     Args:
         projections: Every projection by name, called or not.
+        grouped: Every grouped convolution by name; these are not cut, their weights are parameters like any other.
         inputs: Inputs of each projection, one for each call, attached to the graph behind them.
         leaves: The leaves that replaced the outputs, likewise.
-        parameters: Parameters by name.
+        parameters: Parameters by name. Instead of running statistics, which take no gradient, stands a factor of one
+            for each channel, under the name of the running mean.
+        positions: How often each weight of a convolution or linear layer is applied to a sample.
         outputs: Tensors that the model returned.
         batch_size: Number of samples in the batch.
     """
 
     projections: dict[str, nn.Module]
+    grouped: dict[str, nn.Module]
     inputs: dict[str, list[Tensor]] = field(default_factory=lambda: defaultdict(list))
     leaves: dict[str, list[Tensor]] = field(default_factory=lambda: defaultdict(list))
-    parameters: dict[str, nn.Parameter] = field(default_factory=dict)
+    parameters: dict[str, Tensor] = field(default_factory=dict)
+    positions: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     outputs: list[Tensor] = field(default_factory=list)
     batch_size: int = 1
+
+    def channels(self, name: str) -> int:
+        """Return the number of input channels of a projection.
+
+        Args:
+            name: Its name.
+
+        Returns:
+            The number.
+        """
+        return self.inputs[name][0].shape[channel_dim(self.projections[name])]
+
+    def count_positions(self, name: str, module: nn.Module, output: Tensor) -> None:
+        """Add the positions of one call to :attr:`positions`.
+
+        Args:
+            name: Name of the layer.
+            module: The layer.
+            output: What it returned.
+        """
+        self.positions[name] += output.numel() / output.shape[channel_dim(module)] / self.batch_size
 
 
 @contextmanager
@@ -52,32 +83,113 @@ def record(model: nn.Module, batch: Mapping[str, Any]) -> Generator[Recording]:
     Yields:
         The recording, while the model's parameters still require gradients.
     """
-    projections = {name: m for name, m in model.named_modules() if is_projection(m)}
-    recording = Recording(projections, parameters=dict(model.named_parameters()), batch_size=batch_size(batch))
+    recording = Recording(
+        {n: m for n, m in model.named_modules() if is_projection(m)},
+        {n: m for n, m in model.named_modules() if is_grouped(m)},
+        parameters=dict(model.named_parameters()),
+        batch_size=batch_size(batch),
+    )
     generator = torch.Generator().manual_seed(0)
-
-    def cut(name: str) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
-            # Positive noise: below zero a ReLU would hide a dependence, far above it a bounded activation would.
-            noise = torch.rand(output.shape, generator=generator).mul_(0.9).add_(0.1)
-            leaf = noise.to(output.device, output.dtype).requires_grad_()
-            recording.inputs[name].append(next(iter([*args, *kwargs.values()])))
-            recording.leaves[name].append(leaf)
-            return leaf.clone()  # an in-place activation may write to the clone
-
-        return hook
-
-    handles = [m.register_forward_hook(cut(name), with_kwargs=True) for name, m in projections.items()]
+    handles = [
+        module.register_forward_hook(lambda m, args, out, n=name: recording.count_positions(n, m, out))
+        for name, module in {**recording.projections, **recording.grouped}.items()
+    ]
+    handles += [
+        module.register_forward_hook(_scaling(recording, name))
+        for name, module in model.named_modules()
+        if isinstance(module, STATISTICS) and module.running_mean is not None
+    ]
     try:
-        with preserved(model, dict(recording.parameters)), torch.enable_grad():
-            output = model(**batch)
+        with preserved(model, dict(model.named_parameters())), _neutral(model, recording, generator):
+            with torch.enable_grad():
+                dtype = next(iter(recording.parameters.values())).dtype
+                example = tree_map_only(Tensor, lambda t: t.to(dtype) if t.is_floating_point() else t, dict(batch))
+                output = call(model, example)
             recording.outputs = [t for t in output_tensors(output) if t.is_floating_point() and t.requires_grad]
             for handle in handles:
                 handle.remove()
-            yield recording
+            with torch.enable_grad():
+                yield recording
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _scaling(recording: Recording, name: str) -> Any:
+    """Return a hook that multiplies each channel by a factor of one, so that gradients tell which channel it is."""
+
+    def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        key = f"{name}.running_mean"
+        if key not in recording.parameters:
+            recording.parameters[key] = torch.ones(
+                output.shape[1], dtype=output.dtype, device=output.device, requires_grad=True
+            )
+        return output * recording.parameters[key].view(-1, *[1] * (output.dim() - 2))
+
+    return hook
+
+
+@contextmanager
+def _neutral(model: nn.Module, recording: Recording, generator: torch.Generator) -> Generator[None]:
+    """Let projections return leaves, and give everything else values that hide no dependence.
+
+    A zero, as in the last batch norm of a residual branch before training, a running mean far above the activations, or
+    a saturated gate would make a gradient vanish where there is a dependence. Half precision becomes single precision.
+    """
+    parameters = list(model.parameters())
+    values = [p.data for p in parameters]
+    dtype = torch.promote_types(parameters[0].dtype, torch.float32)
+    names = {id(p): n for n, p in model.named_parameters()}
+    cut = {id(p) for module in recording.projections.values() for p in module.parameters(recurse=False)}
+    overridden = {name: module.__dict__.get("forward") for name, module in recording.projections.items()}
+    try:
+        for name, module in recording.projections.items():
+            twin = _on_meta(module)
+            module.forward = _leaf_in_place_of_output(recording, name, twin, generator)
+        for p in parameters:
+            if id(p) in cut:  # never multiplied with, so it need not take memory in another dtype
+                p.data = torch.full((), 0.01, dtype=dtype, device=p.device).expand(p.shape)
+            else:
+                noise = torch.rand(p.shape, generator=generator).mul_(0.5).add_(0.5)
+                scale = 0.1 if names[id(p)].endswith("bias") else 1.0
+                fan_in = max(p.numel() // max(p.shape[0], 1), 1) if p.dim() > 1 else 1
+                p.data = noise.mul_(scale / fan_in).to(p.device, dtype)
+        for module in model.modules():
+            if isinstance(module, STATISTICS) and module.running_mean is not None:
+                # preserved() puts the tensors back that were there.
+                module.running_mean = torch.zeros_like(module.running_mean, dtype=dtype)
+                module.running_var = torch.ones_like(module.running_mean)
+        yield
+    finally:
+        for p, value in zip(parameters, values, strict=True):
+            p.data = value
+        for name, module in recording.projections.items():
+            module.__dict__.pop("forward", None)
+            if overridden[name] is not None:
+                module.__dict__["forward"] = overridden[name]
+
+
+def _on_meta(module: nn.Module) -> nn.Module:
+    """Return a copy of ``module`` without storage, to ask it for the shape of its output."""
+    memo: dict[int, Any] = {id(p): nn.Parameter(p.detach().to("meta"), False) for p in module.parameters()}
+    for hooks in (module._forward_hooks, module._forward_pre_hooks):
+        memo[id(hooks)] = {}
+    twin: nn.Module = copy.deepcopy(module, memo)
+    return twin.to(torch.float32)
+
+
+def _leaf_in_place_of_output(recording: Recording, name: str, twin: nn.Module, generator: torch.Generator) -> Any:
+    def forward(*args: Any, **kwargs: Any) -> Tensor:
+        x = next(iter([*args, *kwargs.values()]))
+        shape = twin(torch.empty_like(x, device="meta", dtype=torch.float32)).shape
+        # Positive noise: below zero a ReLU would hide a dependence, far above it a bounded activation would.
+        noise = torch.rand(shape, generator=generator).mul_(0.9).add_(0.1)
+        leaf = noise.to(x.device, torch.promote_types(x.dtype, torch.float32)).requires_grad_()
+        recording.inputs[name].append(x)
+        recording.leaves[name].append(leaf)
+        return leaf.clone()  # an in-place activation may write to the clone
+
+    return forward
 
 
 def output_tensors(output: Any) -> list[Tensor]:

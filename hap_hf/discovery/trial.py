@@ -9,23 +9,24 @@ What differs, or raises, is left whole.
 import logging
 import random
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from hap_hf.batches import call
 from hap_hf.config import ImplantInit
 from hap_hf.curvature.state import preserved
-from hap_hf.discovery.counters import HEAD_COUNTS
+from hap_hf.discovery.counters import HEAD_COUNTS, STRUCTURAL
 from hap_hf.discovery.families import Candidate, home
 from hap_hf.discovery.record import output_tensors
 from hap_hf.errors import PlanMismatchError, UnsupportedModelError
-from hap_hf.group import Group, Role
+from hap_hf.group import Counter, Group, Kind, Role
 from hap_hf.plan import KEEP, PRUNE, GroupPlan, PruningPlan
 from hap_hf.surgery.apply import apply_plan_undoable_, undo_
-from hap_hf.surgery.projection import on_input
+from hap_hf.surgery.projection import channel_dim, on_input
 
 logger = logging.getLogger(__name__)
 
@@ -49,8 +50,16 @@ def accept(model: nn.Module, batch: Mapping[str, Any], candidates: Sequence[Cand
     """
     with preserved(model), torch.no_grad():
         trial = Trial(model, batch)
-        accepted = list(candidates) if trial.holds(candidates) else _accept_by_class(trial, candidates)
-        empty = {key: trial.holds_when_empty(members) for key, members in _classes(accepted).items()}
+        accepted = _accept(trial, [], list(_classes(candidates).values()))
+        left = [c for c in candidates if not _is_in(c, accepted)]
+        accepted += _accept_together(trial, accepted, left)
+        if whole := [c.group.name for c in left if not _is_in(c, accepted)]:
+            logger.info("left whole: %s; removing units there does not equal masking", whole)
+        # A convolution without channels does not run.
+        empty = {
+            key: members[0].group.kind is not Kind.CHANNELS and trial.holds_when_empty(members)
+            for key, members in _classes(accepted).items()
+        }
     order = {n: i for i, c in enumerate(candidates) for n in c.consumers}
     accepted.sort(key=lambda c: order[c.consumers[0]])
     return [replace(c.group, may_be_empty=empty[c.shape_class]) for c in accepted]
@@ -63,21 +72,40 @@ def _classes(candidates: Sequence[Candidate]) -> dict[tuple[str, ...], list[Cand
     return result
 
 
-def _accept_by_class(trial: "Trial", candidates: Sequence[Candidate]) -> list[Candidate]:
-    accepted: list[Candidate] = []
-    for key, members in _classes(candidates).items():
-        taken = _first_that_holds(trial, accepted, _variants(members))
-        if not taken:
-            for member in members if len(members) > 1 else []:
-                taken += _first_that_holds(trial, [*accepted, *taken], _variants([member]))
-            left = [c for c in members if c.consumers not in {t.consumers for t in taken}]
-            together = [[merged] for v in _variants(left) if (merged := _merged(v))]
-            taken += _first_that_holds(trial, [*accepted, *taken], together)
-        accepted += taken
-        done = {n for t in taken for n in t.consumers}
-        if left_whole := [c.group.name for c in members if not done.issuperset(c.consumers)]:
-            logger.info("left whole: %s (%s); removing units there does not equal masking", left_whole, " ".join(key))
-    return accepted
+def _accept(trial: "Trial", accepted: list[Candidate], classes: Sequence[list[Candidate]]) -> list[Candidate]:
+    """Return what holds of ``classes`` beside what was accepted before: all, or what halving leads to."""
+    every = [c for members in classes for c in members]
+    if not every or trial.holds([*accepted, *every]):
+        return every
+    if len(classes) > 1:
+        middle = len(classes) // 2
+        first = _accept(trial, accepted, classes[:middle])
+        return first + _accept(trial, [*accepted, *first], classes[middle:])
+    members = classes[0]
+    taken = _first_that_holds(trial, accepted, _variants(members)[1:])
+    for member in members if len(members) > 1 and not taken else []:
+        taken += _first_that_holds(trial, [*accepted, *taken], _variants([member]))
+    return taken
+
+
+def _accept_together(trial: "Trial", accepted: list[Candidate], left: Sequence[Candidate]) -> list[Candidate]:
+    """Return what holds if unit u of one group only goes with unit u of another, as where a layer is split evenly."""
+    together: dict[tuple[object, ...], list[Candidate]] = defaultdict(list)
+    for c in left:
+        together[c.family, c.group.num_units].append(c)
+    taken: list[Candidate] = []
+    for members in together.values():
+        merged = [[m] for v in _variants(members) if (m := _merged(v))]
+        taken += _first_that_holds(trial, [*accepted, *taken], merged)
+    for members in _classes([c for c in left if not _is_in(c, taken)]).values():
+        merged = [[m] for v in _variants(members) if (m := _merged(v))]
+        taken += _first_that_holds(trial, [*accepted, *taken], merged)
+    return taken
+
+
+def _is_in(c: Candidate, taken: Sequence[Candidate]) -> bool:
+    slices = {s for t in taken for s in t.group.slices}
+    return slices.issuperset(c.group.slices)
 
 
 def _first_that_holds(
@@ -87,17 +115,23 @@ def _first_that_holds(
 
 
 def _variants(members: Sequence[Candidate]) -> list[list[Candidate]]:
-    """Return the members with all of their counters, with counts of heads only, and with none."""
+    """Return the members with all of their counters, with counts of heads only, with none, and with any single one."""
+    names = sorted({n for c in members for x in c.group.counters if (n := _attribute(x)) not in HEAD_COUNTS})
     variants = [
         list(members),
         [_with_counters(c, HEAD_COUNTS.__contains__) for c in members],
         [_with_counters(c, lambda name: False) for c in members],
+        *([_with_counters(c, name.__eq__) for c in members] for name in names),
     ]
     return [v for i, v in enumerate(variants) if v not in variants[:i]]
 
 
+def _attribute(counter: Counter) -> str:
+    return counter.attribute.rpartition(".")[2]
+
+
 def _with_counters(c: Candidate, wanted: Callable[[str], bool]) -> Candidate:
-    counters = tuple(x for x in c.group.counters if wanted(x.attribute.rpartition(".")[2]))
+    counters = tuple(x for x in c.group.counters if _attribute(x) in STRUCTURAL or wanted(_attribute(x)))
     return replace(c, group=replace(c.group, counters=counters))
 
 
@@ -106,15 +140,23 @@ def _merged(members: Sequence[Candidate]) -> Candidate | None:
     groups = [c.group for c in members]
     if len(groups) < 2 or len({g.num_units for g in groups}) > 1:
         return None
-    consumers = tuple(n for c in members for n in c.consumers)
+    consumers = tuple(dict.fromkeys(n for c in members for n in c.consumers))
     group = replace(
         groups[0],
-        name=f"{home(consumers)}:{groups[0].kind.value}",
+        name=groups[0].name if groups[0].kind is Kind.CHANNELS else f"{home(consumers)}:{groups[0].kind.value}",
         slices=tuple(s for g in groups for s in g.slices),
-        counters=tuple(c for g in groups for c in g.counters),
+        counters=_added(c for g in groups for c in g.counters),
         core_macs=sum(g.core_macs for g in groups),
     )
-    return Candidate(group, consumers, members[0].shape_class)
+    return replace(members[0], group=group, consumers=consumers)
+
+
+def _added(counters: Iterable[Counter]) -> tuple[Counter, ...]:
+    widths: dict[str, int] = defaultdict(int)
+    for c in counters:
+        # A size of one of several equal parts falls once; groups of channels fall for each part.
+        widths[c.attribute] = widths[c.attribute] + c.width if _attribute(c) in STRUCTURAL else c.width
+    return tuple(Counter(attribute, width) for attribute, width in widths.items())
 
 
 class Trial:
@@ -196,43 +238,46 @@ class Trial:
 
     def _run(self, watched: Sequence[str], mask: Sequence[tuple[Group, list[int]]]) -> list[Tensor]:
         seen: list[Tensor] = []
-        handles = [
-            self._model.get_submodule(n).register_forward_hook(lambda m, args, out: seen.append(out)) for n in watched
-        ]
+        made = _channels(mask, {Role.PRODUCER, Role.FACTOR})
+
+        def watch(name: str) -> Callable[..., None]:
+            def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+                # Outputs that other units of the mask make are gone in the pruned model.
+                dim, gone = channel_dim(module), set(made.get(name, ()))
+                left = torch.tensor([i for i in range(output.shape[dim]) if i not in gone], dtype=torch.long)
+                # A copy in any case: an in-place activation may follow.
+                seen.append(output.index_select(dim, left.to(output.device)))
+
+            return hook
+
+        handles = [self._model.get_submodule(n).register_forward_hook(watch(n)) for n in watched]
         handles += [
-            on_input(self._model.get_submodule(name), _zeroing(indices))
-            for name, indices in consumed_channels(mask).items()
+            on_input(m := self._model.get_submodule(name), _zeroing(indices, channel_dim(m)))
+            for name, indices in _channels(mask, {Role.CONSUMER}).items()
         ]
         try:
-            seen += output_tensors(self._model(**self._batch))
+            seen += output_tensors(call(self._model, self._batch))
         finally:
             for handle in handles:
                 handle.remove()
         return [t for t in seen if t.is_floating_point()]
 
 
-def consumed_channels(mask: Sequence[tuple[Group, list[int]]]) -> dict[str, list[int]]:
-    """Return the input channels through which units are consumed.
-
-    Args:
-        mask: Groups and the units asked for.
-
-    Returns:
-        Channel indices for each consuming module.
-    """
+def _channels(mask: Sequence[tuple[Group, list[int]]], roles: set[Role]) -> dict[str, list[int]]:
+    """Return the input channels through which units are consumed, or the output channels that they make."""
     result: dict[str, list[int]] = defaultdict(list)
     for group, units in mask:
         for s in group.slices:
-            if s.role is Role.CONSUMER and not s.tensor.endswith("implant_down"):
+            if s.role in roles and s.tensor.endswith("weight"):
                 result[s.tensor.rpartition(".")[0]] += [i for u in units for i in s.indices(u)]
     return result
 
 
-def _zeroing(indices: list[int]) -> Callable[[Tensor], Tensor]:
+def _zeroing(indices: list[int], dim: int) -> Callable[[Tensor], Tensor]:
     def zero(x: Tensor) -> Tensor:
-        keep = torch.ones(x.shape[-1], dtype=x.dtype, device=x.device)
+        keep = torch.ones(x.shape[dim], dtype=x.dtype, device=x.device)
         keep[indices] = 0
-        return x * keep
+        return x * keep.view(-1, *[1] * (-1 - dim))
 
     return zero
 

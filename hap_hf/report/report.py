@@ -3,11 +3,12 @@
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from hap_hf.footprint import footprint, whole_footprint
 from hap_hf.group import Kind
 from hap_hf.plan import IMPLANT, KEEP, PRUNE, GroupPlan, PruningPlan
 from hap_hf.report.size import ModelSize, measure_size
@@ -212,16 +213,17 @@ def make_report(
     # What was not to be pruned had no decision to be uncertain about.
     groups = tuple(_group_report(g, scores if c else None, threshold) for g, c in zip(plan, chosen, strict=True))
     # The stages of a composed plan cut the same part again: it is whole before the first and small after the last.
-    first = len(plan.stages[0]) if plan.stages else 0
-    prunable = _sum(g.before for g, wanted in zip(groups[:first], chosen, strict=False) if wanted)
-    saved_params = sum(g.before.params - g.after.params for g in groups)
-    saved_macs = sum(g.before.macs - g.after.macs for g in groups)
+    first = plan.stages[0] if plan.stages else ()
+    prunable = whole_footprint(g.group for g, wanted in zip(first, chosen, strict=False) if wanted)
+    left = prunable
+    for stage in plan.stages:
+        left -= whole_footprint(g.group for g in stage) - footprint(stage)
     return PruningReport(
         groups=groups,
         before=before,
         after=after,
-        prunable_before=prunable,
-        prunable_after=ModelSize(prunable.params - saved_params, prunable.macs - saved_macs),
+        prunable_before=ModelSize(round(prunable.params), prunable.macs),
+        prunable_after=ModelSize(round(left.params), left.macs),
         threshold=threshold,
         negative_share=scores.negative_share if scores is not None and scores.sensitivity else None,
         seconds=dict(seconds),
@@ -254,11 +256,6 @@ def _group_report(plan: GroupPlan, scores: Scores | None, threshold: float | Non
         ModelSize(whole.params, whole.macs),
         ModelSize(plan.params, plan.macs),
     )
-
-
-def _sum(sizes: Iterable[ModelSize]) -> ModelSize:
-    members = list(sizes)
-    return ModelSize(sum(s.params for s in members), sum(s.macs for s in members))
 
 
 def _counts(units: int, kept: int, implanted: int) -> str:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from hap_hf.batches import batch_size, move_to_model
+from hap_hf.batches import batch_size, call, move_to_model
 from hap_hf.curvature import preserved
 from hap_hf.errors import BatchError
 
@@ -51,7 +51,7 @@ def measure_size(model: nn.Module, batch: Mapping[str, Any]) -> ModelSize:
         )
     counter = FlopCounterMode(display=False)
     with preserved(model), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), _without_fused_layers(), counter:
-        model(**move_to_model(model, batch))
+        call(model, move_to_model(model, batch))
     # The counter counts a multiply-accumulate as two operations.
     return ModelSize(sum(p.numel() for p in model.parameters()), counter.get_total_flops() / 2 / batch_size(batch))
 

@@ -2,10 +2,13 @@
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from hap_hf.errors import ConfigError
+from hap_hf.footprint import Footprint, core_macs, cuts_by_tensor, footprint, tensor_footprint
+from hap_hf.group import Slice
 from hap_hf.plan import IMPLANT, KEEP, PRUNE, GroupPlan
 from hap_hf.selection.ranking import Ranking, Split, implants
 
@@ -29,39 +32,47 @@ class Budget:
     setting: str
     target: float
 
+    @cached_property
+    def _cuts(self) -> Mapping[str, list[tuple[Slice, int]]]:
+        return cuts_by_tensor(self.ranking.groups)
+
     @property
     def whole(self) -> float:
         """What all groups cost before anything is cut."""
-        return sum(self.cost(index, Split()) for index in range(len(self.ranking.groups)))
+        return self.total([Split()] * len(self.ranking.groups))
 
-    def cost(self, index: int, split: Split) -> float:
-        """Return what is left of a group.
+    def _number(self, amount: Footprint) -> float:
+        return amount.params if self.setting == "target_params" else amount.macs
 
-        Args:
-            index: Position of the group.
-            split: How many of its units go.
-
-        Returns:
-            Parameters, or multiply-accumulates per sample.
-        """
+    def _plan(self, index: int, split: Split) -> GroupPlan:
         group, config = self.ranking.groups[index], self.ranking.config
         # The cost does not depend on which units go, so no permutation is needed.
         letters = PRUNE * split.pruned + IMPLANT * split.implanted
         made = implants(group, split.implanted, config.implant_cost) if split.implanted else []
-        plan = GroupPlan(group, letters + KEEP * (group.num_units - len(letters)), {i.tensor: i.rank for i in made})
-        return plan.params if self.setting == "target_params" else plan.macs
+        return GroupPlan(group, letters + KEEP * (group.num_units - len(letters)), {i.tensor: i.rank for i in made})
 
-    def unit_cost(self, index: int) -> float:
-        """Return what one unit of a group costs that is neither pruned nor implanted.
+    def change(self, splits: Sequence[Split], index: int, split: Split) -> float:
+        """Return by how much the cost changes if one group is split otherwise and all others stay.
 
         Args:
+            splits: How many units of each group go.
             index: Position of the group.
+            split: How many of its units go then.
 
         Returns:
             Parameters, or multiply-accumulates per sample.
         """
-        group = self.ranking.groups[index]
-        return group.params_per_unit if self.setting == "target_params" else group.macs_per_unit
+        tensors = {s.tensor for s in self.ranking.groups[index].slices}
+        new, old = self._plan(index, split), self._plan(index, splits[index])
+        others = {i for t in tensors for _, i in self._cuts[t]} - {index}
+        plans = {i: self._plan(i, splits[i]) for i in others}
+        difference = 0.0
+        for t in tensors:
+            before, after = (
+                self._number(tensor_footprint([(s, plans.get(i, own)) for s, i in self._cuts[t]])) for own in (old, new)
+            )
+            difference += after - before
+        return difference + (core_macs(new) - core_macs(old) if self.setting == "target_macs" else 0.0)
 
     def total(self, splits: Sequence[Split]) -> float:
         """Return what all groups cost.
@@ -72,7 +83,7 @@ class Budget:
         Returns:
             Parameters, or multiply-accumulates per sample.
         """
-        return sum(self.cost(index, split) for index, split in enumerate(splits))
+        return self._number(footprint(self._plan(index, split) for index, split in enumerate(splits)))
 
 
 def meet_budget(budget: Budget) -> tuple[int, list[Split]]:
@@ -141,11 +152,12 @@ def _restore_pruned(budget: Budget, splits: list[Split], room: float) -> None:
             continue
         survivors = ranking.groups[index].num_units - pruned
         step = ranking.width_above(index, survivors + 1) - survivors
-        cost = step * budget.unit_cost(index)
+        split = Split(pruned - step, implanted)
+        cost = budget.change(splits, index, split)
         if cost > room:
             full.add(index)
             continue
-        splits[index] = Split(pruned - step, implanted)
+        splits[index] = split
         room -= cost
 
 
@@ -160,7 +172,7 @@ def _restore_implanted(budget: Budget, splits: list[Split], room: float) -> None
         fewer = implanted - 1
         # The last few may be too few for an implant that pays.
         split = Split(pruned, fewer if fewer and ranking.implants_pay(index, fewer) else 0)
-        cost = budget.cost(index, split) - budget.cost(index, splits[index])
+        cost = budget.change(splits, index, split)
         if cost > room:
             full.add(index)
             continue
@@ -180,11 +192,7 @@ def _exchange(budget: Budget, splits: list[Split], room: float, largest: float) 
         n, (pruned, implanted) = ranking.groups[index].num_units, splits[index]
         return Split(n - ranking.width_above(index, n - pruned + 1), implanted)
 
-    changes = {
-        index: (split.pruned - grown(index).pruned) * budget.unit_cost(index)
-        for index, split in enumerate(splits)
-        if split.pruned
-    }
+    changes = {index: budget.change(splits, index, grown(index)) for index, split in enumerate(splits) if split.pruned}
     if not changes:
         return
     coarse = min(changes, key=changes.__getitem__)
@@ -200,7 +208,7 @@ def _exchange(budget: Budget, splits: list[Split], room: float, largest: float) 
             continue
         survivors = ranking.groups[index].num_units - pruned
         step = survivors - ranking.width_below(index, survivors)
-        cost = step * budget.unit_cost(index)
-        if cost <= largest and pruned + implanted + step <= ranking.cap(index):
-            new[index] = Split(pruned + step, implanted)
-            over -= cost
+        split = Split(pruned + step, implanted)
+        if pruned + implanted + step <= ranking.cap(index) and (saved := -budget.change(new, index, split)) <= largest:
+            new[index] = split
+            over -= saved

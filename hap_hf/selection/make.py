@@ -22,7 +22,8 @@ def make_plan(groups: Sequence[Group], scores: Scores, config: HapConfig) -> Pru
     the ``int((1 - q) r N)`` least sensitive are pruned and the others implanted, as in the reference code of Yu et al.,
     "Hessian-Aware Pruning and Optimal Neural Implant", WACV 2022. With a budget, the number of cut units is searched.
     Then each group has its say: no more than ``max_group_ratio`` of it is cut, its most sensitive unit stays, implants
-    that would not be cheaper than what they replace are pruned, and FFN widths are rounded up to ``round_to``.
+    that would not be cheaper than what they replace are pruned, and numbers of neurons and channels are
+    rounded up to ``round_to``.
 
     Args:
         groups: The groups of the model, as found; those that ``config`` does not select stay whole.
@@ -112,7 +113,8 @@ def _log_outcome(ranking: Ranking, cut: int, splits: Sequence[Split]) -> None:
     if capped:
         logger.info("%d of %d cut units stay because of max_group_ratio=%s", capped, cut, config.max_group_ratio)
     refused = [
-        f"{i.tensor}: {i.rows} rows of {i.inputs} inputs are {i.rows * i.inputs} weights, rank {i.rank} has {i.weights}"
+        f"{i.tensor}: {i.shape.rows} rows of {i.shape.inputs} inputs are {i.shape.replaced} weights, "
+        f"rank {i.rank} has {i.weights}"
         for index, split in enumerate(ruled)
         if split.implanted and not splits[index].implanted
         for i in implants(ranking.groups[index], split.implanted, config.implant_cost)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hap_hf.config import HapConfig
 from hap_hf.errors import ConfigError, CurvatureError
-from hap_hf.group import Group, Kind
+from hap_hf.group import Group, ImplantShape, Kind
 from hap_hf.plan import IMPLANT, KEEP, PRUNE, GroupPlan
 from hap_hf.scores import Scores
 
@@ -33,29 +33,27 @@ class Split(NamedTuple):
 
 
 class Implant(NamedTuple):
-    """The size of an implant.
+    """An implant and what it replaces.
 
     Args:
         tensor: The producer's weight.
-        rows: Output rows that it replaces.
-        inputs: Inputs of the producer.
+        shape: What it replaces.
         rank: Size of its bottleneck.
     """
 
     tensor: str
-    rows: int
-    inputs: int
+    shape: ImplantShape
     rank: int
 
     @property
     def weights(self) -> int:
-        """Number of weights in its two factors."""
-        return self.rank * (self.rows + self.inputs)
+        """Number of its weights."""
+        return self.shape.weights(self.rank)
 
     @property
     def is_cheaper(self) -> bool:
         """Whether it has fewer weights than what it replaces."""
-        return self.weights < self.rows * self.inputs
+        return self.weights < self.shape.replaced
 
 
 def floor_share(amount: float) -> int:
@@ -71,10 +69,11 @@ def floor_share(amount: float) -> int:
 
 
 def implants(group: Group, implanted: int, cost: float) -> list[Implant]:
-    """Return the implant of each producer of ``group``.
+    """Return the implant of each producer of ``group`` that takes one.
 
-    The rank is the largest whose ``rank * (rows + inputs)`` weights are at most ``cost * rows * inputs``, but at least
-    1. It is never full, as ``rows * inputs / (rows + inputs)`` is below both.
+    The rank of a linear layer's implant is the largest whose ``rank * (rows + inputs)`` weights are at most
+    ``cost * rows * inputs``, but at least 1. It is never full, as ``rows * inputs / (rows + inputs)`` is below both.
+    Among channels, convolutions with more than one tap take implants, and what is coupled to them stays as it is.
 
     Args:
         group: The group.
@@ -82,12 +81,17 @@ def implants(group: Group, implanted: int, cost: float) -> list[Implant]:
         cost: Size of an implant as a share of the weights it replaces.
 
     Returns:
-        One implant for each producer tensor.
+        The implants.
     """
-    return [
-        Implant(t, rows, inputs, max(1, floor_share(cost * rows * inputs / (rows + inputs))))
-        for t, (rows, inputs) in group.implant_shapes(implanted).items()
-    ]
+    result = []
+    for tensor, shape in group.implant_shapes(implanted).items():
+        rows, inputs, taps = shape
+        if group.kind is not Kind.CHANNELS:
+            rank = max(1, floor_share(cost * rows * inputs / max(rows + inputs, 1)))
+            result.append(Implant(tensor, shape, rank))
+        elif taps is not None and taps > 1:
+            result.append(Implant(tensor, shape, 1))
+    return result
 
 
 @dataclass(frozen=True, eq=False)
@@ -223,7 +227,7 @@ class Ranking:
         return [self.settle(index, split) for index, split in enumerate(self.rule(cut))]
 
     def implants_pay(self, index: int, implanted: int) -> bool:
-        """Return whether every producer of a group can take an implant that is cheaper than what it replaces.
+        """Return whether a group can take implants, each cheaper than what it replaces.
 
         Args:
             index: Position of the group.
@@ -243,7 +247,7 @@ class Ranking:
             survivors: Number of units that should survive.
 
         Returns:
-            A multiple of ``round_to`` for FFN groups, or the whole group.
+            A multiple of ``round_to`` where units are neurons or channels, or the whole group.
         """
         step = self._multiple(index)
         return min(-(-survivors // step) * step, self.groups[index].num_units)
@@ -256,13 +260,13 @@ class Ranking:
             survivors: Number of units that survive now.
 
         Returns:
-            A multiple of ``round_to`` for FFN groups; 0 where there is no other.
+            A multiple of ``round_to`` where units are neurons or channels; 0 where there is no other.
         """
         step = self._multiple(index)
         return (survivors - 1) // step * step
 
     def _multiple(self, index: int) -> int:
-        return self.config.round_to if self.groups[index].kind is Kind.FFN else 1
+        return 1 if self.groups[index].kind is Kind.HEADS else self.config.round_to
 
     def plan(self, index: int, split: Split) -> GroupPlan:
         """Return the plan of a group that is split like this.

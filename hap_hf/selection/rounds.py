@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 
 from hap_hf.config import HapConfig
 from hap_hf.errors import ConfigError
+from hap_hf.footprint import whole_footprint
 from hap_hf.group import Group
 
 
@@ -30,14 +31,11 @@ class Amounts:
             groups: Any groups.
 
         Returns:
-            Their sums.
+            What they hold together.
         """
         members = list(groups)
-        return cls(
-            sum(g.num_units for g in members),
-            sum(g.num_units * g.params_per_unit for g in members),
-            sum(g.num_units * g.macs_per_unit for g in members),
-        )
+        whole = whole_footprint(members)
+        return cls(sum(g.num_units for g in members), round(whole.params), whole.macs)
 
 
 def config_of_round(config: HapConfig, number: int, num_rounds: int, start: Amounts, now: Amounts) -> HapConfig:

@@ -3,14 +3,18 @@
 from hap_hf.surgery.apply import TensorChange, apply_plan_, check_plan, undo_
 from hap_hf.surgery.calibration import collect_input_moments
 from hap_hf.surgery.implant import ImplantLinear
+from hap_hf.surgery.implant_conv import ImplantConv2d
 from hap_hf.surgery.optimizer import carry_optimizer_state_
+from hap_hf.surgery.recalibration import recalibrate_batch_norms_
 
 __all__ = [
+    "ImplantConv2d",
     "ImplantLinear",
     "TensorChange",
     "apply_plan_",
     "carry_optimizer_state_",
     "check_plan",
     "collect_input_moments",
+    "recalibrate_batch_norms_",
     "undo_",
 ]

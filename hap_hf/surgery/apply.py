@@ -4,7 +4,7 @@ import copy
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,11 +13,21 @@ from hap_hf.config import ImplantInit
 from hap_hf.errors import PlanMismatchError
 from hap_hf.group import Slice
 from hap_hf.plan import KEEP, PRUNE, GroupPlan, PruningPlan
+from hap_hf.surgery.calibration import initial_weights
 from hap_hf.surgery.check import stage_problems
-from hap_hf.surgery.implant import ImplantLinear, factor_rows
+from hap_hf.surgery.implant import ImplantLinear
+from hap_hf.surgery.implant_conv import ImplantConv2d
 from hap_hf.surgery.order import Order
-from hap_hf.surgery.projection import input_dim, is_projection, output_dim
+from hap_hf.surgery.projection import (
+    IMPLANTED,
+    implant_tensors,
+    input_dim,
+    is_projection,
+    output_dim,
+    spatial_dims,
+)
 from hap_hf.surgery.sizes import segments_left, sync_sizes
+from hap_hf.surgery.standardised import is_standardised, plain_convolution
 
 Stage = Sequence[GroupPlan]
 
@@ -149,6 +159,9 @@ def _apply_stage(
             cuts[s.tensor][s.dim].append((s, g))
     owners = {name.rpartition(".")[0] for name in cuts}
     counters = [(c, g) for g in stage if PRUNE in g.actions for c in g.group.counters]
+    for name in sorted(owners):
+        if is_standardised(module := model.get_submodule(name)):
+            _replace(model, name, plain_convolution(module), undo)
     for name in sorted(owners | {c.attribute.rpartition(".")[0] for c, _ in counters}):
         _remember(model.get_submodule(name), undo)
 
@@ -162,17 +175,17 @@ def _apply_stage(
             changes += _implant(model, name, by_dim[out], parts, moments, undo)
         else:
             changes.append(_resize(module, name, parts, init))
-    for name in owners:
-        module = model.get_submodule(name)
-        if isinstance(module, ImplantLinear):
-            if f"{name}.implant_up" not in {c.name for c in changes if c.old is None}:
-                module.sync_sizes(segments_left(module, name, cuts))
-        else:
-            sync_sizes(module)
     for counter, g in counters:
         owner, _, attribute = counter.attribute.rpartition(".")
         module = model.get_submodule(owner)
         setattr(module, attribute, getattr(module, attribute) - counter.width * g.actions.count(PRUNE))
+    added = {c.name for c in changes if c.old is None}
+    for name in owners:
+        module = model.get_submodule(name)
+        if not isinstance(module, IMPLANTED):
+            sync_sizes(module)
+        elif f"{name}.{implant_tensors(module)[1]}" not in added:
+            module.sync_sizes(segments_left(module, name, cuts))
     return changes
 
 
@@ -181,6 +194,13 @@ def _remember(module: nn.Module, undo: Undo) -> None:
     for key in ("_parameters", "_buffers", "_modules"):
         state[key] = dict(state[key])
     undo.append((module, state))
+
+
+def _replace(model: nn.Module, path: str, new: nn.Module, undo: Undo) -> None:
+    parent_path, _, leaf = path.rpartition(".")
+    parent = model.get_submodule(parent_path)
+    _remember(parent, undo)
+    setattr(parent, leaf, new)
 
 
 def _size(model: nn.Module, name: str, dim: int) -> int:
@@ -193,7 +213,21 @@ def _select(tensor: Tensor, index: Mapping[int, Tensor]) -> Tensor:
     value = tensor.detach()
     for dim, i in index.items():
         value = value.index_select(dim, i.to(value.device))
-    return value.contiguous()
+    return value.clone(memory_format=memory_format_of(tensor))
+
+
+def memory_format_of(tensor: Tensor) -> torch.memory_format:
+    """Return the memory format in which copies of ``tensor`` shall lie.
+
+    Args:
+        tensor: A weight.
+
+    Returns:
+        ``torch.channels_last`` for kernels of a model that was moved to it, else ``torch.contiguous_format``.
+    """
+    if tensor.dim() == 4 and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last):
+        return torch.channels_last
+    return torch.contiguous_format
 
 
 def _resize(module: nn.Module, name: str, parts: Mapping[int, Order], init: ImplantInit) -> TensorChange:
@@ -229,37 +263,43 @@ def _implant(
     out, inp = output_dim(module), input_dim(module)
     inputs = parts[inp].survivors if inp in parts else torch.arange(old.shape[inp])
     index = {out: parts[out].kept} | ({inp: inputs} if inp in parts else {})
-    rank = max(g.ranks[name] for _, g in pairs if name in g.ranks)
-    implant = ImplantLinear(
-        len(inputs),
-        parts[out].segments,
-        rank,
-        bias=module.bias is not None,
-        transposed=out == 1,
-        device=old.device,
-        dtype=old.dtype,
-    ).train(module.training)
+    implant: ImplantLinear | ImplantConv2d
+    if spatial_dims(module):
+        implant = ImplantConv2d.from_conv(cast(nn.Conv2d, module), len(inputs), parts[out].segments)
+    else:
+        implant = ImplantLinear(
+            len(inputs),
+            parts[out].segments,
+            max(g.ranks[name] for _, g in pairs if name in g.ranks),
+            bias=module.bias is not None,
+            transposed=out == 1,
+            device=old.device,
+            dtype=old.dtype,
+        ).train(module.training)
     if not old.is_meta:
+        implant.weight.data = _select(old, index)
         rows = _select(old, {out: parts[out].factored, inp: inputs})
-        moment = moments.get(name)
-        if moment is not None:
-            moment = _select(moment, {0: inputs, 1: inputs})
-        up, down = factor_rows(rows.T if out == 1 else rows, rank, moment)
-        implant.implant_up.data.copy_(up)
-        implant.implant_down.data.copy_(down)
-        implant.weight.data.copy_(_select(old, index))
+        values = initial_weights(rows.T if out == 1 else rows, implant, _part(moments.get(name), inputs))
+        for leaf, value in values.items():
+            implant.get_parameter(leaf).data.copy_(value)
     # The bias, still whole or already cut, is taken over as it is: its own slices decide about it.
     implant.bias = module.bias if isinstance(module.bias, nn.Parameter) else None
-    for parameter in (implant.weight, implant.implant_down, implant.implant_up):
-        parameter.requires_grad_(old.requires_grad)
+    added = list(dict.fromkeys(implant_tensors(implant)))
+    for leaf in ("weight", *added):
+        implant.get_parameter(leaf).requires_grad_(old.requires_grad)
     if old.grad is not None:
         implant.weight.grad = _select(old.grad, index)
-    parent_path, _, leaf = path.rpartition(".")
-    parent = model.get_submodule(parent_path)
-    _remember(parent, undo)
-    setattr(parent, leaf, implant)
-    return [
-        TensorChange(name, old, implant.weight, index),
-        TensorChange(f"{path}.implant_down", None, implant.implant_down, beside=implant.weight),
-        TensorChange(f"{path}.implant_up", None, implant.implant_up, beside=implant.implant_down),
-    ]
+    _replace(model, path, implant, undo)
+    changes = [TensorChange(name, old, implant.weight, index)]
+    for leaf in added:
+        new = implant.get_parameter(leaf)
+        changes.append(TensorChange(f"{path}.{leaf}", None, new, beside=changes[-1].new))
+    return changes
+
+
+def _part(moment: Tensor | None, inputs: Tensor) -> Tensor | None:
+    """Return a moment of layer inputs, ``[in * taps, in]``, for the inputs that are left."""
+    if moment is None:
+        return None
+    whole = moment.view(moment.shape[1], -1, moment.shape[1])
+    return _select(whole, {0: inputs, 2: inputs}).flatten(0, 1)

@@ -1,20 +1,24 @@
-"""Second moments of layer inputs, for implants that fit the data and not only the weights."""
+"""Initial weights of implants, and the moments of layer inputs that let them fit the data and not only the weights."""
 
 from collections.abc import Callable, Collection, Iterable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from hap_hf.batches import move_to_model
+from hap_hf.batches import call, move_to_model
 from hap_hf.curvature.state import preserved
-from hap_hf.surgery.projection import on_input
+from hap_hf.surgery.implant import ImplantLinear, factor_rows
+from hap_hf.surgery.implant_conv import ImplantConv2d, patch_moment, pointwise_rows
+from hap_hf.surgery.projection import on_input, spatial_dims
 
 
 def collect_input_moments(
     model: nn.Module, tensors: Collection[str], batches: Iterable[Mapping[str, Any]]
 ) -> dict[str, Tensor]:
-    """Return the second moment ``E[x x^T]`` of the inputs of each named weight.
+    """Return the second moment of the inputs of each named weight.
+
+    For a linear layer that is ``E[x x^T]``, for a convolution ``E[q c^T]`` of patches q and their centres c.
 
     Args:
         model: The model, left as found.
@@ -22,16 +26,23 @@ def collect_input_moments(
         batches: Inputs for the model; labels may be there and are not needed.
 
     Returns:
-        A float64 ``[in_features, in_features]`` moment for each name whose layer was called.
+        A float64 moment for each name whose layer was called, ``[in_features, in_features]`` or
+        ``[in_channels * taps, in_channels]``.
     """
     sums: dict[str, Tensor] = {}
     counts: dict[str, int] = {}
 
     def watch(name: str) -> Callable[[Tensor], None]:
+        module = model.get_submodule(name.rpartition(".")[0])
+
         def add(x: Tensor) -> None:
-            x = x.detach().flatten(0, -2).float()
-            sums[name] = sums.get(name, 0) + (x.T @ x).double()
-            counts[name] = counts.get(name, 0) + x.shape[0]
+            if spatial_dims(module):
+                moment, count = patch_moment(x, cast(nn.Conv2d, module))
+            else:
+                x = x.detach().flatten(0, -2).float()
+                moment, count = (x.T @ x).double(), x.shape[0]
+            sums[name] = sums.get(name, 0) + moment
+            counts[name] = counts.get(name, 0) + count
 
         return add
 
@@ -39,8 +50,27 @@ def collect_input_moments(
     try:
         with preserved(model), torch.no_grad():
             for batch in batches:
-                model(**move_to_model(model, batch))
+                call(model, move_to_model(model, batch))
     finally:
         for handle in handles:
             handle.remove()
     return {name: total / counts[name] for name, total in sums.items()}
+
+
+def initial_weights(
+    rows: Tensor, implant: ImplantLinear | ImplantConv2d, moment: Tensor | None = None
+) -> dict[str, Tensor]:
+    """Return the weights with which an implant best stands in for what it replaces.
+
+    Args:
+        rows: The weights it replaces, ``[implanted, in_features]`` or ``[implanted, in_channels, kh, kw]``.
+        implant: The layer.
+        moment: The moment of the layer's inputs, see :func:`collect_input_moments`.
+
+    Returns:
+        Values by the name of the implant's parameter.
+    """
+    if isinstance(implant, ImplantConv2d):
+        return {"implant_pointwise": pointwise_rows(rows, moment)}
+    up, down = factor_rows(rows, implant.rank, moment)
+    return {"implant_up": up, "implant_down": down}

@@ -8,8 +8,18 @@ from torch import Tensor, nn
 
 from hap_hf.group import COUNTER_NAMES, Role
 from hap_hf.plan import IMPLANT, KEEP, PRUNE, GroupPlan
-from hap_hf.surgery.implant import ImplantLinear
-from hap_hf.surgery.projection import input_dim, is_projection, output_dim
+from hap_hf.surgery.implant_conv import takes_implant
+from hap_hf.surgery.projection import (
+    IMPLANTED,
+    implant_tensors,
+    input_dim,
+    is_grouped,
+    is_projection,
+    output_dim,
+)
+
+_IMPLANT_WEIGHTS = {"implant_down", "implant_up", "implant_pointwise"}
+_PER_CHANNEL = (nn.modules.batchnorm._NormBase, nn.GroupNorm)
 
 
 def stage_problems(model: nn.Module, stage: Sequence[GroupPlan]) -> list[str]:
@@ -55,7 +65,7 @@ def _group_problems(g: GroupPlan, modules: dict[str, nn.Module], tensors: dict[s
             yield f"{s.tensor}: expected floating point numbers, got {tensor.dtype}; prune before quantizing"
         elif not 0 <= s.dim < tensor.dim() or s.offset + group.num_units * s.width > tensor.shape[s.dim]:
             yield f"{s.tensor}: {group.num_units} units of {s.width} do not fit dimension {s.dim} of {list(s.shape)}"
-        elif s.role is not Role.ALIGNED:
+        elif s.role not in {Role.ALIGNED, Role.STATISTIC}:
             yield from _role_problems(s.tensor, s.role, s.dim, modules)
     for counter in group.counters:
         owner, _, attribute = counter.attribute.rpartition(".")
@@ -65,41 +75,50 @@ def _group_problems(g: GroupPlan, modules: dict[str, nn.Module], tensors: dict[s
                 f"{counter.attribute}: expected an integer attribute of at least {counter.width * group.num_units} "
                 f"that surgery may change, got {value!r}"
             )
-    yield from _implant_problems(g)
+    if all(s.tensor in tensors for s in group.slices):
+        yield from _implant_problems(g, modules)
 
 
 def _role_problems(tensor: str, role: Role, dim: int, modules: dict[str, nn.Module]) -> Iterator[str]:
     owner, _, leaf = tensor.rpartition(".")
     module = modules[owner]
-    if not is_projection(module) or leaf not in {"weight", "implant_up", "implant_down"}:
-        yield f"{tensor}: a {role.value} must be the weight of a linear layer, got one of {type(module).__name__}"
+    if is_grouped(module) and leaf == "weight":
+        if (role, dim) != (Role.FACTOR, 0):
+            yield f"{tensor}: dimension {dim} of a grouped {type(module).__name__} holds no {role.value}"
         return
-    implanted = isinstance(module, ImplantLinear)
+    if not is_projection(module) or leaf not in {"weight", *_IMPLANT_WEIGHTS}:
+        yield f"{tensor}: a {role.value} must be the weight of a layer, got one of {type(module).__name__}"
+        return
+    implanted = isinstance(module, IMPLANTED)
     expected = {
         Role.PRODUCER: (output_dim(module), leaf == "weight" and not implanted),
-        Role.FACTOR: (0 if leaf == "implant_up" else output_dim(module), implanted and leaf != "implant_down"),
-        Role.CONSUMER: (1 if leaf == "implant_down" else input_dim(module), leaf != "implant_up"),
-        Role.ALIGNED: (dim, True),
+        Role.FACTOR: (output_dim(module) if leaf == "weight" else 0, implanted and leaf != "implant_down"),
+        Role.CONSUMER: (input_dim(module) if leaf == "weight" else 1, leaf != "implant_up"),
     }[role]
     if expected != (dim, True):
         yield f"{tensor}: dimension {dim} of a {type(module).__name__} holds no {role.value}"
 
 
-def _implant_problems(g: GroupPlan) -> Iterator[str]:
+def _implant_problems(g: GroupPlan, modules: dict[str, nn.Module]) -> Iterator[str]:
     implanted = g.actions.count(IMPLANT)
     if not implanted:
         return
-    producers = {s.tensor: s for s in g.group.slices if s.role is Role.PRODUCER}
-    if not producers:
-        yield f"{g.group.name}: {implanted} units are to be implanted, and no layer of the group can take an implant"
-    for name, s in producers.items():
-        rows = implanted * sum(t.width for t in g.group.slices if t.tensor == name and t.role is Role.PRODUCER)
-        inputs = s.entries_per_unit // s.width
-        rank = g.ranks.get(name, 0)
-        if not 1 <= rank <= min(rows, inputs) or rank * (rows + inputs) >= rows * inputs:
+    shapes = g.group.implant_shapes(implanted)
+    if not g.ranks or not set(g.ranks) <= set(shapes):
+        yield (
+            f"{g.group.name}: {implanted} units are to be implanted in {sorted(g.ranks) or 'no layer'}; layers of the "
+            f"group that can take an implant are {sorted(shapes) or 'none'}"
+        )
+        return
+    for name, rank in g.ranks.items():
+        shape, module = shapes[name], modules[name.rpartition(".")[0]]
+        if shape.taps is not None and not takes_implant(module):
+            yield f"{name}: a {type(module).__name__} can take no implant"
+        elif not 1 <= rank <= shape.max_rank or shape.weights(rank) >= shape.replaced:
             yield (
-                f"{name}: an implant of rank {rank} has {rank * (rows + inputs)} weights where it replaces "
-                f"{rows} x {inputs} = {rows * inputs}; it must be cheaper"
+                f"{name}: an implant of rank {rank} has {shape.weights(rank)} weights where it replaces "
+                f"{shape.rows} x {shape.inputs}{'' if shape.taps is None else f' x {shape.taps}'} = {shape.replaced}; "
+                "it must be cheaper"
             )
 
 
@@ -137,17 +156,37 @@ def _torn_layers(stage: Sequence[GroupPlan], modules: dict[str, nn.Module]) -> I
     def count(path: str, leaf: str, dim: int) -> Collection[int]:
         return lost.get((f"{path}.{leaf}", dim), set())
 
+    counted = _counted(stage)
     for path in {tensor.rpartition(".")[0] for tensor, _ in lost}:
         module = modules[path]
-        if not is_projection(module):
+        if is_projection(module):
+            outputs = count(path, "weight", output_dim(module))
+            bias = count(path, "bias", 0)
+            if isinstance(module, IMPLANTED):
+                down, up = implant_tensors(module)
+                if count(path, "weight", input_dim(module)) != count(path, down, 1):
+                    yield f"{path}: weight and {down} would lose different inputs"
+                whole = len(outputs) + len(count(path, up, 0)) == len(bias)
+            else:
+                whole = outputs == bias
+            if module.bias is not None and not whole:
+                yield f"{path}: weight and bias would lose different outputs"
             continue
-        outputs = count(path, "weight", output_dim(module))
-        bias = count(path, "bias", 0)
-        if isinstance(module, ImplantLinear):
-            if count(path, "weight", input_dim(module)) != count(path, "implant_down", 1):
-                yield f"{path}: weight and implant_down would lose different inputs"
-            whole = len(outputs) + len(count(path, "implant_up", 0)) == len(bias)
-        else:
-            whole = outputs == bias
-        if module.bias is not None and not whole:
-            yield f"{path}: weight and bias would lose different outputs"
+        own = [n for n, t in [*module._parameters.items(), *module._buffers.items()] if t is not None and t.dim()]
+        if isinstance(module, _PER_CHANNEL) or is_grouped(module):
+            if len({frozenset(count(path, n, 0)) for n in own}) > 1:
+                yield f"{path}: {', '.join(own)} would lose different channels"
+            groups = next((n for n in ("groups", "num_groups") if isinstance(getattr(module, n, None), int)), None)
+            if groups and own:
+                total, size = getattr(module, groups), getattr(module, own[0]).shape[0]
+                if len(count(path, own[0], 0)) * total != counted.get(f"{path}.{groups}", 0) * size:
+                    yield f"{path}: whole groups of channels must go, and {groups} with them"
+
+
+def _counted(stage: Sequence[GroupPlan]) -> dict[str, int]:
+    """Return by how much each counter would fall."""
+    result: dict[str, int] = defaultdict(int)
+    for g in stage:
+        for c in g.group.counters:
+            result[c.attribute] += c.width * g.actions.count(PRUNE)
+    return result

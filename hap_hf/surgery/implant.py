@@ -73,7 +73,8 @@ class ImplantLinear(nn.Module):
         kept_parts = torch.split(kept, [k for k, _ in self.segments], dim=-1)
         implanted_parts = torch.split(implanted, [i for _, i in self.segments], dim=-1)
         out = torch.cat([part for pair in zip(kept_parts, implanted_parts, strict=True) for part in pair], dim=-1)
-        return out if self.bias is None else out + self.bias
+        # Under autocast a bias of its own dtype would raise the output to that dtype.
+        return out if self.bias is None else out + self.bias.to(out.dtype)
 
     def sync_sizes(self, segments: Sequence[tuple[int, int]]) -> None:
         """Take over new segment sizes after the parameters were cut.

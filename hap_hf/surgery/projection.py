@@ -1,14 +1,38 @@
-"""Which modules multiply by a weight matrix, and how they store it."""
+"""Which modules multiply by a weight matrix or kernel, and how they store it."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from hap_hf.surgery.implant import ImplantLinear
+from hap_hf.surgery.implant_conv import ImplantConv2d
 
 _LINEAR = {nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear}
+_CONVOLUTIONS = {nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3, ImplantConv2d: 2}
+"""Number of spatial dimensions."""
+_TIMM_CONVOLUTIONS = {
+    ("timm.layers.conv2d_same", "Conv2dSame"),
+    ("timm.layers.std_conv", "StdConv2d"),
+    ("timm.layers.std_conv", "StdConv2dSame"),
+    ("timm.layers.std_conv", "ScaledStdConv2d"),
+    ("timm.layers.std_conv", "ScaledStdConv2dSame"),
+}
+IMPLANTED = (ImplantLinear, ImplantConv2d)
+"""Layers with implants."""
+
+
+def implant_tensors(module: ImplantLinear | ImplantConv2d) -> tuple[str, str]:
+    """Return the names of the implant's weight that reads the inputs and of the one that makes the outputs.
+
+    Args:
+        module: A layer with an implant.
+
+    Returns:
+        Both names; the same for a convolution, whose implant is one kernel.
+    """
+    return ("implant_down", "implant_up") if isinstance(module, ImplantLinear) else ("implant_pointwise",) * 2
 
 
 def _is_conv1d(module: nn.Module) -> bool:
@@ -17,17 +41,69 @@ def _is_conv1d(module: nn.Module) -> bool:
     return kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils"
 
 
-def is_projection(module: nn.Module) -> bool:
-    """Return whether ``module`` computes ``x W + b`` and nothing else.
+def spatial_dims(module: nn.Module) -> int:
+    """Return over how many dimensions a convolution slides its kernel.
 
     Args:
         module: Any module.
 
     Returns:
-        True for ``nn.Linear``, transformers' ``Conv1D`` and layers with implants.
+        1 to 3 for the convolutions that surgery knows, 0 for everything else.
+    """
+    kind = type(module)
+    # Exact types, named for timm's so that timm need not be imported: a subclass may do something else with its kernel.
+    return 2 if (kind.__module__, kind.__name__) in _TIMM_CONVOLUTIONS else _CONVOLUTIONS.get(kind, 0)
+
+
+def is_grouped(module: nn.Module) -> bool:
+    """Return whether ``module`` is a convolution of which each output reads a part of the inputs, as depthwise ones do.
+
+    Args:
+        module: Any module.
+
+    Returns:
+        Whether it is.
+    """
+    return num_groups(module) > 1
+
+
+def num_groups(module: nn.Module) -> int:
+    """Return the number of groups of a convolution.
+
+    Args:
+        module: Any module.
+
+    Returns:
+        The number, 0 for everything that is no convolution.
+    """
+    return int(cast(nn.Conv2d, module).groups) if spatial_dims(module) else 0
+
+
+def is_projection(module: nn.Module) -> bool:
+    """Return whether ``module`` computes ``x W + b``, or a convolution in which every output reads every input.
+
+    Args:
+        module: Any module.
+
+    Returns:
+        True for ``nn.Linear``, transformers' ``Conv1D``, ungrouped convolutions and layers with implants.
     """
     # Exact types: a subclass may compute something else with the weight (adapters, quantization).
+    if spatial_dims(module):
+        return not is_grouped(module)
     return isinstance(module, ImplantLinear) or type(module) in _LINEAR or _is_conv1d(module)
+
+
+def channel_dim(module: nn.Module) -> int:
+    """Return the dimension of inputs and outputs along which the features or channels lie.
+
+    Args:
+        module: A projection or a grouped convolution.
+
+    Returns:
+        The dimension, counted from the last one: -1 for linear layers.
+    """
+    return -1 - spatial_dims(module)
 
 
 def output_dim(module: nn.Module) -> int:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
+from typing import cast
 
 import torch
 from torch import nn
@@ -9,13 +10,21 @@ from torch import nn
 from hap_hf.group import Slice
 from hap_hf.plan import GroupPlan
 from hap_hf.surgery.implant import ImplantLinear
+from hap_hf.surgery.implant_conv import ImplantConv2d
 from hap_hf.surgery.order import Order
-from hap_hf.surgery.projection import input_dim, is_projection, output_dim
+from hap_hf.surgery.projection import (
+    implant_tensors,
+    input_dim,
+    is_projection,
+    num_groups,
+    output_dim,
+    spatial_dims,
+)
 
 Cuts = Mapping[str, Mapping[int, Sequence[tuple[Slice, GroupPlan]]]]
 
 
-def segments_left(module: ImplantLinear, path: str, cuts: Cuts) -> list[tuple[int, int]]:
+def segments_left(module: ImplantLinear | ImplantConv2d, path: str, cuts: Cuts) -> list[tuple[int, int]]:
     """Return the segment sizes of a layer that had its implant before this stage.
 
     Args:
@@ -34,7 +43,7 @@ def segments_left(module: ImplantLinear, path: str, cuts: Cuts) -> list[tuple[in
         return [int(((survivors >= a) & (survivors < b)).sum()) for a, b in pairwise(bounds.tolist())]
 
     kept = left("weight", output_dim(module), [k for k, _ in module.segments])
-    implanted = left("implant_up", 0, [i for _, i in module.segments])
+    implanted = left(implant_tensors(module)[1], 0, [i for _, i in module.segments])
     return list(zip(kept, implanted, strict=True))
 
 
@@ -44,7 +53,11 @@ def sync_sizes(module: nn.Module) -> None:
     Args:
         module: A module whose parameters were cut.
     """
-    if is_projection(module):
+    if spatial_dims(module):
+        weight = module.get_parameter("weight")
+        convolution = cast(nn.Conv2d, module)
+        convolution.in_channels, convolution.out_channels = weight.shape[1] * num_groups(module), weight.shape[0]
+    elif is_projection(module):
         weight = module.get_parameter("weight")
         sizes = weight.shape[input_dim(module)], weight.shape[output_dim(module)]
         names = ("nx", "nf") if type(module).__name__ == "Conv1D" else ("in_features", "out_features")
@@ -54,3 +67,8 @@ def sync_sizes(module: nn.Module) -> None:
         module.num_embeddings, module.embedding_dim = module.weight.shape
     elif isinstance(module, nn.LayerNorm) and module.weight is not None:
         module.normalized_shape = tuple(module.weight.shape)
+    elif isinstance(module, nn.modules.batchnorm._NormBase):
+        sized = module.running_mean if module.weight is None else module.weight
+        module.num_features = sized.shape[0] if sized is not None else module.num_features
+    elif isinstance(module, nn.GroupNorm) and module.weight is not None:
+        module.num_channels = module.weight.shape[0]

@@ -1,0 +1,157 @@
+"""How the input channels of a projection fall into units that share no source."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hap_hf.discovery.dependence import SHARED, Dependence
+from hap_hf.discovery.record import Recording
+from hap_hf.discovery.unions import Unions
+from hap_hf.surgery.projection import channel_dim
+
+
+@dataclass(frozen=True, eq=False)
+class Partition:
+    """The finest division of a projection's input channels into units that share no source.
+
+    Args:
+        consumer: Name of the projection.
+        units: Unit of each input channel, ``[channels]``.
+        columns: For each source projection, the unit of each output feature, ``[out_features]``;
+            :data:`~hap_hf.discovery.dependence.SHARED` where several units need it,
+            :data:`~hap_hf.discovery.dependence.UNUSED` where none does.
+        parameters: For other parameters, the unit of each entry, in the parameter's shape, coded likewise.
+    """
+
+    consumer: str
+    units: Tensor
+    columns: dict[str, Tensor]
+    parameters: dict[str, Tensor]
+
+    @property
+    def num_units(self) -> int:
+        """Number of units."""
+        return int(self.units.max()) + 1
+
+    @property
+    def shares_sources(self) -> bool:
+        """Whether some source feature serves several units, as the one key head of multi-query attention does."""
+        return any(bool((codes == SHARED).any()) for codes in self.columns.values())
+
+
+def partition(recording: Recording, consumer: str) -> Partition | None:
+    """Return how the input channels of a projection fall into units.
+
+    Args:
+        recording: The cut-open forward pass.
+        consumer: Name of the projection.
+
+    Returns:
+        The partition, or None where every channel depends on everything or nothing, or on parameters only.
+    """
+    dim = channel_dim(recording.projections[consumer])
+    dependence = Dependence(recording, recording.inputs[consumer], dim)
+    channels = recording.channels(consumer)
+    if not dependence.leaves or channels < 2:
+        return None
+    single = torch.arange(channels)
+    owners = dependence.owners(single, dependence.parameters)
+    if _is_clean(owners, dependence):
+        return _made(recording, consumer, single, dependence)
+    if not any(bool((codes >= 0).any()) for codes in owners.values()) and _mixes_everything(dependence, channels):
+        return None
+    for width in _widths(dependence, channels):
+        units = single // width
+        owners = dependence.owners(units, dependence.parameters)
+        if _covers(owners, dependence, channels // width):
+            return _made(recording, consumer, units, dependence)
+    united = _unite(dependence, channels)
+    if united is None:
+        return None
+    owners = dependence.owners(united, dependence.parameters)
+    return _made(recording, consumer, united, dependence) if _is_clean(owners, dependence) else None
+
+
+def _made(recording: Recording, consumer: str, units: Tensor, dependence: Dependence) -> Partition:
+    owners = dependence.owners(units)
+    columns = {n: c for n, c in owners.items() if n in recording.leaves}
+    rest = {n: c.view(recording.parameters[n].shape) for n, c in owners.items() if n not in columns}
+    return Partition(consumer, units, columns, rest)
+
+
+def _is_clean(owners: dict[str, Tensor], dependence: Dependence) -> bool:
+    """Return whether no feature of a projection serves two units."""
+    return not any(bool((owners[n] == SHARED).any()) for n in dependence.leaves)
+
+
+def _covers(owners: dict[str, Tensor], dependence: Dependence, num_units: int) -> bool:
+    """Return whether some projection makes every unit, each from features of its own."""
+    units = set(range(num_units))
+    return any(units <= set(owners[n].tolist()) for n in dependence.leaves)
+
+
+def _mixes_everything(dependence: Dependence, channels: int) -> bool:
+    """Return whether the first channel depends on all of each source or on none of it, as behind a layer norm."""
+    masks = dependence.touched(_only(0, channels), dependence.parameters).values()
+    return any(bool(m.all()) and len(m) > 1 for m in masks) and all(bool(m.all()) or not bool(m.any()) for m in masks)
+
+
+def _only(channel: int, channels: int) -> Tensor:
+    mask = torch.zeros(channels)
+    mask[channel] = 1
+    return mask
+
+
+def _widths(dependence: Dependence, channels: int) -> Iterator[int]:
+    """Yield numbers of consecutive channels that may make up one unit, as those of an attention head."""
+    first = dependence.touched(_only(0, channels), dependence.parameters)
+    fallback = []
+    for width in (d for d in range(2, channels) if channels % d == 0):
+        other = dependence.touched(_only(width, channels), dependence.parameters)
+        if not any(bool((first[n] & other[n]).any()) for n in first):
+            yield width
+            break
+        if any(bool((first[n] & ~other[n]).any()) for n in first):
+            fallback.append(width)
+    # Multi-query attention: every head has rows of its own, and all share one key and one value head.
+    yield from fallback
+
+
+_NUM_TESTS = 96
+_MOST_TOGETHER = 8
+
+
+def _unite(dependence: Dependence, channels: int) -> Tensor | None:
+    """Return units of channels that share a source, wherever they lie, as in a concatenation of a layer with itself.
+
+    Random halves of the channels are asked in turn. A channel that needs a source is in no half without it. So what
+    remains after many tests are the channels that need it.
+
+    Args:
+        dependence: Answers about the channels.
+        channels: Number of channels.
+
+    Returns:
+        Unit of each channel, ``[channels]``, or None where some source serves many channels.
+    """
+    halves = torch.rand(_NUM_TESTS, channels, generator=torch.Generator().manual_seed(1)) < 0.5
+    inside = [dependence.touched(half.float(), dependence.parameters) for half in halves]
+    outside = [dependence.touched((~half).float(), dependence.parameters) for half in halves]
+    unions = Unions(range(channels))
+    for name in dependence.leaves:
+        ones = torch.stack([mask[name] for mask in inside]).double()  # [tests, features]
+        zeros = torch.stack([mask[name] for mask in outside]).double()
+        used = (ones + zeros).sum(0) > 0
+        against = (1 - ones).T @ halves.double() + (1 - zeros).T @ (~halves).double()  # [features, channels]
+        needed_by = (against == 0) & used[:, None]
+        if int(needed_by.sum(1).max()) > _MOST_TOGETHER:
+            return None
+        for row in needed_by:
+            together = row.nonzero().flatten().tolist()
+            for other in together[1:]:
+                unions.join(together[0], other)
+    roots = [unions.root(c) for c in range(channels)]
+    order = {root: i for i, root in enumerate(dict.fromkeys(roots))}
+    return torch.tensor([order[r] for r in roots])

@@ -1,0 +1,148 @@
+"""New batch norm statistics for a network whose activations have changed."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from hap_hf.batches import move_to_model
+from hap_hf.curvature.state import preserved
+from hap_hf.errors import BatchError
+from hap_hf.surgery.projection import on_input
+
+
+def recalibrate_batch_norms_(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> int:
+    r"""Estimate the running mean and variance of every batch norm anew, from ``batches`` alone.
+
+    Cut and implanted channels shift the activations of everything after them, while the statistics still describe the
+    network from before. Each batch is passed through once, every batch norm normalising by that batch's own mean and
+    (biased) variance, as in training; of a batch norm's means m_b and unbiased variances s_b, over n_b values a channel
+    in batch b,
+
+        ``running_mean = sum_b n_b m_b / sum_b n_b`` and ``running_var = sum_b n_b s_b / sum_b n_b``.
+
+    For batches of one size that is what torch accumulates with ``momentum=None``. Everything else is in eval mode,
+    dropout and stochastic depth included.
+
+    The batch's statistics reach a batch norm through its buffers, and no batch norm enters train mode. So subclasses
+    that drop or activate after normalising work as they do in eval mode, and so does ``nn.SyncBatchNorm``, also on the
+    CPU; nothing is exchanged between processes, each of which takes the statistics of its own batches. Batch norms that
+    do not track statistics, frozen ones that are no torch batch norm, and those that no batch reaches, are left alone.
+
+    Reference: Wu and Johnson, "Rethinking 'Batch' in BatchNorm", 2021, who call it PreciseBN.
+
+    Args:
+        model: The model. Apart from the statistics it is left as found, ``num_batches_tracked`` included; after an
+            exception, the statistics are the old ones too.
+        batches: Inputs for the model; labels may be there and are not needed. A batch norm behind global pooling takes
+            two samples or more in each. None is drawn if there is no batch norm to recalibrate.
+
+    Returns:
+        Number of batch norms that have new statistics.
+
+    Raises:
+        BatchError: If there are no batches, a batch has only one value for each channel of some batch norm, or
+            statistics come out that are not finite.
+    """
+    norms = [
+        _Statistics(name, module, module.running_mean, module.running_var)
+        for name, module in model.named_modules()
+        if isinstance(module, _BatchNorm) and module.track_running_stats
+        if module.running_mean is not None and module.running_var is not None
+    ]
+    if not norms:
+        return 0
+    num_batches = 0
+    handles = [on_input(norm.module, norm.add) for norm in norms]
+    try:
+        # Code that was compiled before the hooks were there would not call them.
+        with preserved(model), torch.no_grad(), torch.compiler.set_stance("force_eager"):
+            for batch in batches:
+                model(**move_to_model(model, batch))
+                num_batches += 1
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not num_batches:
+        raise BatchError(
+            f"new statistics for {len(norms)} batch norms take at least one batch, got none; "
+            "pass a list of batches, or a loader that has not run out"
+        )
+    reached = [norm for norm in norms if norm.num_values]
+    averages = [norm.averages() for norm in reached]  # raises before anything is written
+    for norm, (mean, var) in zip(reached, averages, strict=True):
+        norm.write(mean, var)
+    return len(reached)
+
+
+class _Statistics:
+    """The statistics of one batch norm, and their sums over batches.
+
+    Args:
+        name: Name of the batch norm.
+        module: The batch norm.
+        running_mean: Its buffer, ``[num_features]``.
+        running_var: Its buffer, ``[num_features]``.
+    """
+
+    def __init__(self, name: str, module: _BatchNorm, running_mean: Tensor, running_var: Tensor) -> None:
+        self.name = name
+        self.module = module
+        self.running_mean = running_mean
+        self.running_var = running_var
+        self.num_values = 0
+        self.mean_sum = torch.zeros_like(running_mean, dtype=torch.float64)
+        self.var_sum = torch.zeros_like(running_var, dtype=torch.float64)
+
+    def add(self, x: Tensor) -> None:
+        """Count in the input of one call, and let that call normalise by it.
+
+        Args:
+            x: Input of the batch norm, ``[N, num_features, ...]``.
+
+        Raises:
+            BatchError: If there is only one value for each channel.
+        """
+        num_values = x.numel() // x.shape[1]
+        if num_values < 2:
+            raise BatchError(
+                f"the variance of batch norm {self.name!r} takes at least 2 values for each channel, got an input of "
+                f"shape {list(x.shape)}; use batches of 2 samples or more, and leave out a smaller last one "
+                "(drop_last=True)"
+            )
+        x = x if x.dtype == torch.float64 else x.float()
+        var, mean = torch.var_mean(x, [d for d in range(x.dim()) if d != 1], correction=0)
+        self.write(mean, var)
+        self.num_values += num_values
+        self.mean_sum += num_values * mean.double()
+        self.var_sum += num_values * (num_values / (num_values - 1)) * var.double()  # unbiased
+
+    def averages(self) -> tuple[Tensor, Tensor]:
+        """Return the mean and the variance over all values so far, in the dtype of the buffers.
+
+        Returns:
+            Mean and unbiased variance, ``[num_features]`` each.
+
+        Raises:
+            BatchError: If one of them is not finite.
+        """
+        mean = (self.mean_sum / self.num_values).to(self.running_mean.dtype)
+        var = (self.var_sum / self.num_values).to(self.running_var.dtype)
+        if not (mean.isfinite().all() and var.isfinite().all()):
+            raise BatchError(
+                f"the statistics of batch norm {self.name!r} must be finite, and in {var.dtype} they are not; look for "
+                "NaN or infinity in the batches and in the weights, or recalibrate in float32"
+            )
+        return mean, var
+
+    def write(self, mean: Tensor, var: Tensor) -> None:
+        """Let the batch norm normalise by ``mean`` and ``var``.
+
+        Args:
+            mean: Mean, ``[num_features]``.
+            var: Variance, ``[num_features]``.
+        """
+        self.running_mean.copy_(mean)
+        self.running_var.copy_(var)
