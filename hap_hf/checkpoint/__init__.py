@@ -2,5 +2,6 @@
 
 from hap_hf.checkpoint.legacy import load_pruned_heads
 from hap_hf.checkpoint.record import check_recordable, plan_of, record_plan, save_pruned
+from hap_hf.checkpoint.timm_wrapper import wrap_timm
 
-__all__ = ["check_recordable", "load_pruned_heads", "plan_of", "record_plan", "save_pruned"]
+__all__ = ["check_recordable", "load_pruned_heads", "plan_of", "record_plan", "save_pruned", "wrap_timm"]

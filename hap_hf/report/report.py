@@ -4,7 +4,7 @@ import json
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +67,7 @@ class PruningReport:
         threshold: Sensitivity of the least sensitive unit above the cut; None where the plan does not say.
         negative_share: Share of scored units with a negative sensitivity; None without scores.
         seconds: Wall-clock time of each stage.
-        provenance: How the plan came about.
+        plan: The plan that was applied.
     """
 
     groups: tuple[GroupReport, ...]
@@ -78,7 +78,12 @@ class PruningReport:
     threshold: float | None
     negative_share: float | None
     seconds: Mapping[str, float] = field(default_factory=dict)
-    provenance: Mapping[str, str | int | float | bool | None] = field(default_factory=dict)
+    plan: PruningPlan = field(default=PruningPlan(()), repr=False)
+
+    @property
+    def provenance(self) -> Mapping[str, str | int | float | bool | None]:
+        """How the plan came about."""
+        return self.plan.provenance
 
     @property
     def uncertain_units(self) -> int | None:
@@ -100,7 +105,9 @@ class PruningReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as JSON values; numbers that are not finite become None."""
-        result = asdict(self)
+        result = asdict(replace(self, plan=PruningPlan(())))
+        del result["plan"]  # the checkpoint carries it
+        result["provenance"] = dict(self.provenance)
         for entry, group in zip(result["groups"], self.groups, strict=True):
             entry["summary"] = group.summary
         result["uncertain_units"] = self.uncertain_units
@@ -227,7 +234,7 @@ def make_report(
         threshold=threshold,
         negative_share=scores.negative_share if scores is not None and scores.sensitivity else None,
         seconds=dict(seconds),
-        provenance=dict(plan.provenance),
+        plan=plan,
     )
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from hap_hf.batches import move_to_model
+from hap_hf.batches import call, move_to_model
 from hap_hf.curvature.state import preserved
 from hap_hf.errors import BatchError
 from hap_hf.surgery.projection import on_input
@@ -60,7 +60,7 @@ def recalibrate_batch_norms_(model: nn.Module, batches: Iterable[Mapping[str, An
         # Code that was compiled before the hooks were there would not call them.
         with preserved(model), torch.no_grad(), torch.compiler.set_stance("force_eager"):
             for batch in batches:
-                model(**move_to_model(model, batch))
+                call(model, move_to_model(model, batch))
                 num_batches += 1
     finally:
         for handle in handles:
