@@ -74,8 +74,12 @@ def model_loss(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
     """
     output = call(model, batch)
     labels = batch.get("labels")
-    are_classes = isinstance(labels, Tensor) and labels.dim() == 1 and not labels.is_floating_point()
-    if isinstance(output, Tensor) and output.dim() == 2 and are_classes:
+    if (
+        isinstance(output, Tensor)
+        and isinstance(labels, Tensor)
+        and (output.dim(), labels.dim()) == (2, 1)
+        and not labels.is_floating_point()
+    ):
         return functional.cross_entropy(output, labels, ignore_index=IGNORED_LABEL)
     loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
     if not isinstance(loss, Tensor):

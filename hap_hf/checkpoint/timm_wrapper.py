@@ -54,9 +54,11 @@ def wrap_timm(
             f"{type(model).__name__} with architecture={architecture!r} and num_classes={num_classes!r}; pass "
             "architecture= the name that timm.create_model takes"
         )
-    args = {"model_args": dict(model_args)} if model_args else {}
     card = {k: v for k, v in card.items() if k != "num_classes"}
-    config = TimmWrapperConfig(architecture=architecture, num_labels=num_classes, pretrained_cfg=card, **args)
+    settings: dict[str, Any] = {"architecture": architecture, "num_labels": num_classes, "pretrained_cfg": card}
+    if model_args:
+        settings["model_args"] = dict(model_args)
+    config = TimmWrapperConfig(**settings)
     try:
         with torch.device("meta"):
             wrapper = TimmWrapperForImageClassification(config)

@@ -38,6 +38,7 @@ def preserved(model: nn.Module, tensors: Mapping[str, Tensor] | None = None) -> 
     wanted = {id(t) for t in (tensors or {}).values()}
     devices = sorted({p.device.index for p in parameters if p.device.type == "cuda"})
     try:
+        renew_caches(model)
         model.eval()
         for module, attribute in checkpointing:
             setattr(module, attribute, False)
@@ -47,6 +48,7 @@ def preserved(model: nn.Module, tensors: Mapping[str, Tensor] | None = None) -> 
         with torch.random.fork_rng(devices), sdpa_kernel(SDPBackend.MATH):
             yield
     finally:
+        renew_caches(model)
         for module, flag, own in zip(modules, training, buffers, strict=True):
             module.training = flag
             module._buffers.clear()
@@ -60,3 +62,17 @@ def preserved(model: nn.Module, tensors: Mapping[str, Tensor] | None = None) -> 
         for p, (requires_grad, grad) in zip(parameters, gradients, strict=True):
             p.requires_grad_(requires_grad)
             p.grad = grad
+
+
+def renew_caches(model: nn.Module) -> None:
+    """Let modules drop what they keep from weights while in eval mode, such as tables of attention biases.
+
+    Args:
+        model: The model; all training flags stay.
+    """
+    modules = list(model.modules())
+    training = [m.training for m in modules]
+    # Going through train mode is how torch modules are told, and those that keep something act on it.
+    model.train()
+    for module, flag in zip(modules, training, strict=True):
+        module.training = flag

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from hap_hf.discovery.dependence import SHARED, UNUSED, everything_behind, reached
+from hap_hf.discovery.dependence import SHARED, everything_behind, reached
 from hap_hf.discovery.layout import Segment, input_segments, output_segments
 from hap_hf.discovery.partition import Partition
 from hap_hf.discovery.record import Recording
@@ -70,8 +70,14 @@ def find_components(
                     unions.join(Node("in", p.consumer, unit), Node("out", source, feature))
                 elif unit == SHARED:
                     frozen.add(Node("out", source, feature))
-        for parameter, codes in p.parameters.items():
-            frozen |= _join_parameter(unions, p, parameter, codes)
+        for parameter, (dim, codes) in p.parameters.items():
+            owner, _, leaf = parameter.rpartition(".")
+            for index, unit in enumerate(codes.tolist()):
+                if unit >= 0:
+                    unions.join(Node("in", p.consumer, unit), Node(leaf, owner, index, dim))
+        if p.scattered:
+            logger.info("left whole: units of the input of %s, which are scattered in a parameter", p.consumer)
+            frozen |= {Node("in", p.consumer, unit) for unit in p.scattered}
     frozen |= _used_otherwise(model, recording, partitions)
     frozen |= _needed_whole(recording, partitions, unions)
     rotten = {unions.root(node) for node in frozen}
@@ -81,32 +87,6 @@ def find_components(
         if root not in rotten and consumers and any(n.side == "out" for n in nodes):
             result.append((consumers, _entries(recording, partitions, nodes)))
     return result
-
-
-def _join_parameter(unions: Unions[Node], p: Partition, parameter: str, codes: Tensor) -> set[Node]:
-    """Join the entries of a parameter to the units that need them; return what they keep from going."""
-    if not bool((codes >= 0).any()):
-        return set()
-    owner, _, leaf = parameter.rpartition(".")
-    aligned = _aligned_dim(codes)
-    if aligned is None:
-        logger.info("left whole: units of the input of %s, which are scattered in %s", p.consumer, parameter)
-        return {Node("in", p.consumer, unit) for unit in set(codes[codes >= 0].tolist())}
-    dim, units = aligned
-    for index, unit in enumerate(units.tolist()):
-        if unit >= 0:
-            unions.join(Node("in", p.consumer, unit), Node(leaf, owner, index, dim))
-    return set()
-
-
-def _aligned_dim(codes: Tensor) -> tuple[int, Tensor] | None:
-    """Return the dimension along which each index belongs to one unit, and the units, or None."""
-    for dim in range(codes.dim()):
-        rows = codes.movedim(dim, 0).flatten(1) if codes.dim() > 1 else codes[:, None]
-        highest = rows.amax(1)
-        if bool(((rows == highest[:, None]) | (rows == UNUSED)).all()) and bool((highest >= 0).any()):
-            return dim, highest
-    return None
 
 
 def _needed_whole(recording: Recording, partitions: Mapping[str, Partition], unions: Unions[Node]) -> set[Node]:
@@ -124,7 +104,8 @@ def _needed_whole(recording: Recording, partitions: Mapping[str, Partition], uni
         if (name, node.dim) not in along:
             mask = needed[name]
             if node.side != "out":
-                mask = mask.view(recording.parameters[name].shape).movedim(node.dim, 0).flatten(1).any(1)
+                mask = mask.view(recording.parameters[name].shape).movedim(node.dim, 0)
+                mask = mask.reshape(len(mask), -1).any(1)
             along[name, node.dim] = mask.tolist()
         if along[name, node.dim][node.number]:
             result.add(node)
@@ -195,7 +176,7 @@ def _tensor_of(node: Node) -> str:
 
 def _aligned_tensors(recording: Recording, node: Node) -> list[tuple[str, Role]]:
     tensor = _tensor_of(node)
-    if node.side == "running_mean":
-        return [(tensor, Role.STATISTIC), (f"{node.name}.running_var", Role.STATISTIC)]
     is_kernel = node.name in recording.grouped and node.side == "weight"
-    return [(tensor, Role.FACTOR if is_kernel else Role.ALIGNED)]
+    result = [(tensor, Role.FACTOR if is_kernel else Role.ALIGNED)]
+    result += [(name, Role.ALIGNED) for name in recording.followers.get(tensor, ())]
+    return [(t, Role.STATISTIC if t.rpartition(".")[2].startswith("running_") else role) for t, role in result]

@@ -6,6 +6,7 @@ attention, one head's rows of the query, key and value projections; behind a lay
 """
 
 from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -64,7 +65,7 @@ class Dependence:
             without: Names of sources not to ask about.
 
         Returns:
-            For each source projection ``[features, positions]``, for each parameter ``[entries, 1]``.
+            For each source projection ``[features, positions]``, for each parameter in its shape.
         """
         sources = [s for s in self._sources if s[0] not in without]
         cotangents = self._cotangents
@@ -77,8 +78,8 @@ class Dependence:
         for (name, source), gradient in zip(sources, found, strict=True):
             g = torch.zeros_like(source) if gradient is None else gradient
             dim = self._channel_dims.get(name)
-            parts.setdefault(name, []).append(g.reshape(-1, 1) if dim is None else g.movedim(dim, 0).flatten(1))
-        return {name: torch.cat(each, 1) for name, each in parts.items()}
+            parts.setdefault(name, []).append(g if dim is None else g.movedim(dim, 0).flatten(1))
+        return {name: torch.cat(each, 1) if name in self._channel_dims else each[0] for name, each in parts.items()}
 
     def touched(self, channels: Tensor | None, without: Collection[str] = ()) -> dict[str, Tensor]:
         """Return which source entries the given channels depend on.
@@ -90,11 +91,12 @@ class Dependence:
         Returns:
             A mask over the features of each source projection and the entries of each parameter.
         """
+        found = self.gradients(channels, without)
         # NaN counts as a dependence.
-        return {n: (g != 0).any(1).cpu() for n, g in self.gradients(channels, without).items()}
+        return {n: ((g != 0).any(1) if n in self._channel_dims else (g != 0).flatten()).cpu() for n, g in found.items()}
 
-    def owners(self, units: Tensor, without: Collection[str] = ()) -> dict[str, Tensor]:
-        """Return for each source entry the one unit of target channels that depends on it.
+    def owners(self, units: Tensor) -> dict[str, Tensor]:
+        """Return for each feature of the source projections the one unit of target channels that depends on it.
 
         If channel weights are a function of the unit, the gradient of an entry that serves one unit is that unit's
         weight times the gradient under weights of one, wherever the path between them leads. Weights that count the
@@ -102,33 +104,89 @@ class Dependence:
 
         Args:
             units: Unit of each channel of the targets, ``[channels]``.
-            without: Names of sources not to ask about.
 
         Returns:
-            For each source a unit for each feature or entry; ``SHARED`` where several units need it, ``UNUSED`` where
+            For each source projection a unit for each feature; ``SHARED`` where several units need it, ``UNUSED`` where
             none does.
         """
+        tests = self._tests(units, self.parameters)
+        return {name: tests.owners(name, plain) for name, plain in tests.plain.items()}
+
+    def aligned(self, units: Tensor) -> tuple[dict[str, tuple[int, Tensor]], set[int]]:
+        """Return the parameters of which the indices along one dimension belong to one unit each.
+
+        Args:
+            units: Unit of each channel of the targets, ``[channels]``.
+
+        Returns:
+            The dimension and the unit of each index, ``UNUSED`` where none depends on it, by name; and the units that
+            own single entries of parameters which are not aligned so.
+        """
+        aligned: dict[str, tuple[int, Tensor]] = {}
+        scattered: set[int] = set()
+        if not self.parameters:
+            return aligned, scattered
+        tests = self._tests(units, self.leaves)
+        for name, plain in tests.plain.items():
+            for dim in range(plain.dim()):
+                found = tests.owners(name, plain.movedim(dim, 0).flatten(1) if plain.dim() > 1 else plain[:, None], dim)
+                if bool((found >= 0).any()) and not bool((found == SHARED).any()):
+                    aligned[name] = dim, found
+                    break
+            else:
+                single = tests.owners(name, plain.reshape(-1, 1))
+                scattered |= set(single[single >= 0].tolist())
+        return aligned, scattered
+
+    def _tests(self, units: Tensor, without: Collection[str]) -> "_Tests":
         num_units = int(units.max()) + 1
         random = torch.rand(2, num_units, generator=self._generator, dtype=torch.float64).add_(1)
         counting = torch.arange(num_units, dtype=torch.float64) / num_units + 1
-        plain = self.gradients(None, without)
-        tests = [self.gradients(code[units], without) for code in (counting, *random)]
-        result = {}
-        for name, one in plain.items():
-            base = one.double()
-            energy = base.square().sum(1)
-            used = energy != 0
-            safe = torch.where(used, energy, 1.0)
-            ratios = [(base * test[name].double()).sum(1) / safe for test in tests]
-            unit = ((ratios[0].nan_to_num() - 1) * num_units).round().long().clamp(0, num_units - 1).cpu()
-            single = torch.ones(len(unit), dtype=torch.bool)
-            for code, ratio, test in zip(random, ratios[1:], tests[1:], strict=True):
-                rest = (test[name].double() - ratio[:, None] * base).square().sum(1).div(safe).sqrt().cpu()
-                single &= ((ratio.cpu() - code[unit]).abs() < _TOLERANCE) & (rest < _TOLERANCE)  # false for NaN
-            unit[~single] = SHARED
-            unit[~used.cpu()] = UNUSED
-            result[name] = unit
-        return result
+        answers = [self.gradients(code[units], without) for code in (counting, *random)]
+        return _Tests(self.gradients(None, without), answers, random)
+
+
+@dataclass(frozen=True, eq=False)
+class _Tests:
+    """Gradients under weights that tell units apart.
+
+    Args:
+        plain: Gradients under weights of one, by source.
+        answers: Gradients under weights that count the units, and under two sets of random ones.
+        random: The random weights, ``[2, units]``.
+    """
+
+    plain: dict[str, Tensor]
+    answers: list[dict[str, Tensor]]
+    random: Tensor
+
+    def owners(self, name: str, rows: Tensor, dim: int | None = None) -> Tensor:
+        """Return the unit of each row of entries of a source.
+
+        Args:
+            name: The source.
+            rows: Its plain gradient, ``[rows, entries]``.
+            dim: Dimension of the gradient along which the rows lie; None where it has the shape of ``rows``.
+
+        Returns:
+            Units, ``SHARED`` or ``UNUSED``, ``[rows]``.
+        """
+        base = rows.double()
+        energy = base.square().sum(1)
+        used = energy != 0
+        safe = torch.where(used, energy, 1.0)
+        answers = [a[name] if dim is None else a[name].movedim(dim, 0) for a in self.answers]
+        tests = [a.reshape(base.shape).double() for a in answers]
+        ratios = [(base * test).sum(1) / safe for test in tests]
+        num_units = self.random.shape[1]
+        unit = ((ratios[0].nan_to_num() - 1) * num_units).round().long().clamp(0, num_units - 1).cpu()
+        single = torch.ones(len(unit), dtype=torch.bool)
+        for code, ratio, test in zip(self.random, ratios[1:], tests[1:], strict=True):
+            rest = (test - ratio[:, None] * base).square().sum(1).div(safe).sqrt().cpu()
+            single &= ((ratio.cpu() - code[unit]).abs() < _TOLERANCE) & (rest < _TOLERANCE)  # false for NaN
+        unit[~single] = SHARED
+        unit[~used.cpu()] = UNUSED
+        return unit
 
 
 # Two units mixed in one entry differ from either by about the difference of two random numbers.

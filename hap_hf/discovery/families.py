@@ -131,9 +131,11 @@ class _Maker:
 
     def _kind(self, unit: Component) -> Kind:
         layers = {key.tensor.rpartition(".")[0] for key in unit}
-        if any(spatial_dims(self._model.get_submodule(n)) for n in layers):
-            return Kind.CHANNELS
         is_neuron = all(len(indices) == 1 for key, indices in unit.items() if key.role is Role.CONSUMER)
+        convolves = any(spatial_dims(self._model.get_submodule(n)) for n in layers)
+        # Linear layers with batch norms take the place of 1 x 1 convolutions.
+        if convolves or (is_neuron and any(key.role is Role.STATISTIC for key in unit)):
+            return Kind.CHANNELS
         return Kind.FFN if is_neuron else Kind.HEADS
 
     def _sources(self, unit: Component) -> list[str]:

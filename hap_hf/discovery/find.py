@@ -14,9 +14,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from hap_hf.batches import batch_size, call, few_samples, move_to_model
 from hap_hf.curvature.state import preserved
+from hap_hf.discovery.acceptance import accept
 from hap_hf.discovery.families import find_candidates
 from hap_hf.discovery.record import record
-from hap_hf.discovery.trial import accept
 from hap_hf.errors import BatchError, UnsupportedModelError
 from hap_hf.group import Group
 from hap_hf.surgery.projection import is_grouped, is_projection

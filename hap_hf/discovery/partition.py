@@ -22,13 +22,15 @@ class Partition:
         columns: For each source projection, the unit of each output feature, ``[out_features]``;
             :data:`~hap_hf.discovery.dependence.SHARED` where several units need it,
             :data:`~hap_hf.discovery.dependence.UNUSED` where none does.
-        parameters: For other parameters, the unit of each entry, in the parameter's shape, coded likewise.
+        parameters: For other parameters, a dimension and the unit of each index along it, coded likewise.
+        scattered: Units that own entries of parameters along no one dimension.
     """
 
     consumer: str
     units: Tensor
     columns: dict[str, Tensor]
-    parameters: dict[str, Tensor]
+    parameters: dict[str, tuple[int, Tensor]]
+    scattered: set[int]
 
     @property
     def num_units(self) -> int:
@@ -57,28 +59,26 @@ def partition(recording: Recording, consumer: str) -> Partition | None:
     if not dependence.leaves or channels < 2:
         return None
     single = torch.arange(channels)
-    owners = dependence.owners(single, dependence.parameters)
+    owners = dependence.owners(single)
     if _is_clean(owners, dependence):
-        return _made(recording, consumer, single, dependence)
+        return _made(consumer, single, owners, dependence)
     if not any(bool((codes >= 0).any()) for codes in owners.values()) and _mixes_everything(dependence, channels):
         return None
     for width in _widths(dependence, channels):
         units = single // width
-        owners = dependence.owners(units, dependence.parameters)
+        owners = dependence.owners(units)
         if _covers(owners, dependence, channels // width):
-            return _made(recording, consumer, units, dependence)
+            return _made(consumer, units, owners, dependence)
     united = _unite(dependence, channels)
     if united is None:
         return None
-    owners = dependence.owners(united, dependence.parameters)
-    return _made(recording, consumer, united, dependence) if _is_clean(owners, dependence) else None
+    owners = dependence.owners(united)
+    return _made(consumer, united, owners, dependence) if _is_clean(owners, dependence) else None
 
 
-def _made(recording: Recording, consumer: str, units: Tensor, dependence: Dependence) -> Partition:
-    owners = dependence.owners(units)
-    columns = {n: c for n, c in owners.items() if n in recording.leaves}
-    rest = {n: c.view(recording.parameters[n].shape) for n, c in owners.items() if n not in columns}
-    return Partition(consumer, units, columns, rest)
+def _made(consumer: str, units: Tensor, owners: dict[str, Tensor], dependence: Dependence) -> Partition:
+    aligned, scattered = dependence.aligned(units)
+    return Partition(consumer, units, owners, aligned, scattered)
 
 
 def _is_clean(owners: dict[str, Tensor], dependence: Dependence) -> bool:

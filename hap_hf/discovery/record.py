@@ -7,9 +7,10 @@ between are called.
 """
 
 import copy
+import logging
 from collections import defaultdict
 from collections.abc import Generator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +21,8 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from hap_hf.batches import batch_size, call
 from hap_hf.curvature.state import preserved
 from hap_hf.surgery.projection import channel_dim, is_grouped, is_projection
+
+logger = logging.getLogger(__name__)
 
 STATISTICS = nn.modules.batchnorm._NormBase
 """Layers that keep running statistics for each channel."""
@@ -34,8 +37,10 @@ class Recording:
         grouped: Every grouped convolution by name; these are not cut, their weights are parameters like any other.
         inputs: Inputs of each projection, one for each call, attached to the graph behind them.
         leaves: The leaves that replaced the outputs, likewise.
-        parameters: Parameters by name. Instead of running statistics, which take no gradient, stands a factor of one
-            for each channel, under the name of the running mean.
+        parameters: Parameters by name, without the followers. Instead of running statistics, which take no gradient,
+            stands a factor of one for each channel, under the name of the running mean.
+        followers: Tensors that lie along another one's first dimension by what their layer is: the weight and bias of
+            a batch norm along its running mean. A gradient could not tell: that of a bias of attention keys is zero.
         positions: How often each weight of a convolution or linear layer is applied to a sample.
         outputs: Tensors that the model returned.
         batch_size: Number of samples in the batch.
@@ -46,6 +51,7 @@ class Recording:
     inputs: dict[str, list[Tensor]] = field(default_factory=lambda: defaultdict(list))
     leaves: dict[str, list[Tensor]] = field(default_factory=lambda: defaultdict(list))
     parameters: dict[str, Tensor] = field(default_factory=dict)
+    followers: dict[str, list[str]] = field(default_factory=dict)
     positions: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     outputs: list[Tensor] = field(default_factory=list)
     batch_size: int = 1
@@ -83,16 +89,52 @@ def record(model: nn.Module, batch: Mapping[str, Any]) -> Generator[Recording]:
     Yields:
         The recording, while the model's parameters still require gradients.
     """
-    recording = Recording(
-        {n: m for n, m in model.named_modules() if is_projection(m)},
-        {n: m for n, m in model.named_modules() if is_grouped(m)},
-        parameters=dict(model.named_parameters()),
-        batch_size=batch_size(batch),
-    )
-    generator = torch.Generator().manual_seed(0)
+    own = next(iter(model.parameters())).dtype
+    # Double precision tells apart what a softmax nearly cancels; some models hold to a dtype of their own.
+    for dtype in dict.fromkeys((torch.float64, torch.promote_types(own, torch.float32))):
+        with ExitStack() as stack:
+            followers = _followers(model)
+            led = {n for names in followers.values() for n in names}
+            recording = Recording(
+                {n: m for n, m in model.named_modules() if is_projection(m)},
+                {n: m for n, m in model.named_modules() if is_grouped(m)},
+                parameters={n: p for n, p in model.named_parameters() if n not in led},
+                followers=followers,
+                batch_size=batch_size(batch),
+            )
+            stack.enter_context(preserved(model, dict(model.named_parameters())))
+            stack.enter_context(_neutral(model, recording, dtype))
+            stack.enter_context(torch.enable_grad())
+            if dtype is torch.float64 and own is not torch.float64:
+                try:
+                    _run(model, batch, recording, dtype)
+                except (RuntimeError, TypeError, ValueError) as error:
+                    logger.debug("not in double precision: %s", error)
+                    continue
+            else:
+                _run(model, batch, recording, dtype)
+            yield recording
+            return
+
+
+def _followers(model: nn.Module) -> dict[str, list[str]]:
+    result = {}
+    for name, module in model.named_modules():
+        if isinstance(module, STATISTICS) and module.running_mean is not None:
+            leader, others = "running_mean", ("running_var", "weight", "bias")
+        elif is_grouped(module) or isinstance(module, nn.GroupNorm):
+            leader, others = "weight", ("bias",)
+        else:
+            continue
+        result[f"{name}.{leader}"] = [f"{name}.{n}" for n in others if getattr(module, n) is not None]
+    return result
+
+
+def _run(model: nn.Module, batch: Mapping[str, Any], recording: Recording, dtype: torch.dtype) -> None:
+    layers = {**recording.projections, **recording.grouped}
     handles = [
         module.register_forward_hook(lambda m, args, out, n=name: recording.count_positions(n, m, out))
-        for name, module in {**recording.projections, **recording.grouped}.items()
+        for name, module in layers.items()
     ]
     handles += [
         module.register_forward_hook(_scaling(recording, name))
@@ -100,16 +142,9 @@ def record(model: nn.Module, batch: Mapping[str, Any]) -> Generator[Recording]:
         if isinstance(module, STATISTICS) and module.running_mean is not None
     ]
     try:
-        with preserved(model, dict(model.named_parameters())), _neutral(model, recording, generator):
-            with torch.enable_grad():
-                dtype = next(iter(recording.parameters.values())).dtype
-                example = tree_map_only(Tensor, lambda t: t.to(dtype) if t.is_floating_point() else t, dict(batch))
-                output = call(model, example)
-            recording.outputs = [t for t in output_tensors(output) if t.is_floating_point() and t.requires_grad]
-            for handle in handles:
-                handle.remove()
-            with torch.enable_grad():
-                yield recording
+        example = tree_map_only(Tensor, lambda t: t.to(dtype) if t.is_floating_point() else t, dict(batch))
+        output = call(model, example)
+        recording.outputs = [t for t in output_tensors(output) if t.is_floating_point() and t.requires_grad]
     finally:
         for handle in handles:
             handle.remove()
@@ -130,15 +165,15 @@ def _scaling(recording: Recording, name: str) -> Any:
 
 
 @contextmanager
-def _neutral(model: nn.Module, recording: Recording, generator: torch.Generator) -> Generator[None]:
+def _neutral(model: nn.Module, recording: Recording, dtype: torch.dtype) -> Generator[None]:
     """Let projections return leaves, and give everything else values that hide no dependence.
 
     A zero, as in the last batch norm of a residual branch before training, a running mean far above the activations, or
-    a saturated gate would make a gradient vanish where there is a dependence. Half precision becomes single precision.
+    a saturated gate would make a gradient vanish where there is a dependence.
     """
+    generator = torch.Generator().manual_seed(0)
     parameters = list(model.parameters())
     values = [p.data for p in parameters]
-    dtype = torch.promote_types(parameters[0].dtype, torch.float32)
     names = {id(p): n for n, p in model.named_parameters()}
     cut = {id(p) for module in recording.projections.values() for p in module.parameters(recurse=False)}
     overridden = {name: module.__dict__.get("forward") for name, module in recording.projections.items()}
@@ -155,9 +190,12 @@ def _neutral(model: nn.Module, recording: Recording, generator: torch.Generator)
                 fan_in = max(p.numel() // max(p.shape[0], 1), 1) if p.dim() > 1 else 1
                 p.data = noise.mul_(scale / fan_in).to(p.device, dtype)
         for module in model.modules():
+            # preserved() puts the tensors back that were there.
+            for name, buffer in module._buffers.items():
+                if buffer is not None and buffer.is_floating_point():
+                    module._buffers[name] = buffer.to(dtype)
             if isinstance(module, STATISTICS) and module.running_mean is not None:
-                # preserved() puts the tensors back that were there.
-                module.running_mean = torch.zeros_like(module.running_mean, dtype=dtype)
+                module.running_mean = torch.zeros_like(module.running_mean)
                 module.running_var = torch.ones_like(module.running_mean)
         yield
     finally:
@@ -184,7 +222,7 @@ def _leaf_in_place_of_output(recording: Recording, name: str, twin: nn.Module, g
         shape = twin(torch.empty_like(x, device="meta", dtype=torch.float32)).shape
         # Positive noise: below zero a ReLU would hide a dependence, far above it a bounded activation would.
         noise = torch.rand(shape, generator=generator).mul_(0.9).add_(0.1)
-        leaf = noise.to(x.device, torch.promote_types(x.dtype, torch.float32)).requires_grad_()
+        leaf = noise.to(x.device, x.dtype).requires_grad_()
         recording.inputs[name].append(x)
         recording.leaves[name].append(leaf)
         return leaf.clone()  # an in-place activation may write to the clone

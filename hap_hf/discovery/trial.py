@@ -9,7 +9,7 @@ What differs, or raises, is left whole.
 import logging
 import random
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,13 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from hap_hf.batches import call
+from hap_hf.curvature.state import renew_caches
 from hap_hf.config import ImplantInit
-from hap_hf.curvature.state import preserved
-from hap_hf.discovery.counters import HEAD_COUNTS, STRUCTURAL
-from hap_hf.discovery.families import Candidate, home
+from hap_hf.discovery.families import Candidate
 from hap_hf.discovery.record import output_tensors
 from hap_hf.errors import PlanMismatchError, UnsupportedModelError
-from hap_hf.group import Counter, Group, Kind, Role
+from hap_hf.group import Group, Role
 from hap_hf.plan import KEEP, PRUNE, GroupPlan, PruningPlan
 from hap_hf.surgery.apply import apply_plan_undoable_, undo_
 from hap_hf.surgery.projection import channel_dim, on_input
@@ -32,131 +31,6 @@ logger = logging.getLogger(__name__)
 
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 """Largest difference from the masked model, as a share of the largest value. A wrong mapping differs by far more."""
-
-
-def accept(model: nn.Module, batch: Mapping[str, Any], candidates: Sequence[Candidate]) -> list[Group]:
-    """Return the groups that prove right on the model itself, which is left as found.
-
-    Args:
-        model: The model.
-        batch: Keyword arguments of its forward, on its device.
-        candidates: Groups to try.
-
-    Returns:
-        The groups that can be removed from, in the order given.
-
-    Raises:
-        UnsupportedModelError: If the model's output holds NaN.
-    """
-    with preserved(model), torch.no_grad():
-        trial = Trial(model, batch)
-        accepted = _accept(trial, [], list(_classes(candidates).values()))
-        left = [c for c in candidates if not _is_in(c, accepted)]
-        accepted += _accept_together(trial, accepted, left)
-        if whole := [c.group.name for c in left if not _is_in(c, accepted)]:
-            logger.info("left whole: %s; removing units there does not equal masking", whole)
-        # A convolution without channels does not run.
-        empty = {
-            key: members[0].group.kind is not Kind.CHANNELS and trial.holds_when_empty(members)
-            for key, members in _classes(accepted).items()
-        }
-    order = {n: i for i, c in enumerate(candidates) for n in c.consumers}
-    accepted.sort(key=lambda c: order[c.consumers[0]])
-    return [replace(c.group, may_be_empty=empty[c.shape_class]) for c in accepted]
-
-
-def _classes(candidates: Sequence[Candidate]) -> dict[tuple[str, ...], list[Candidate]]:
-    result: dict[tuple[str, ...], list[Candidate]] = defaultdict(list)
-    for c in candidates:
-        result[c.shape_class].append(c)
-    return result
-
-
-def _accept(trial: "Trial", accepted: list[Candidate], classes: Sequence[list[Candidate]]) -> list[Candidate]:
-    """Return what holds of ``classes`` beside what was accepted before: all, or what halving leads to."""
-    every = [c for members in classes for c in members]
-    if not every or trial.holds([*accepted, *every]):
-        return every
-    if len(classes) > 1:
-        middle = len(classes) // 2
-        first = _accept(trial, accepted, classes[:middle])
-        return first + _accept(trial, [*accepted, *first], classes[middle:])
-    members = classes[0]
-    taken = _first_that_holds(trial, accepted, _variants(members)[1:])
-    for member in members if len(members) > 1 and not taken else []:
-        taken += _first_that_holds(trial, [*accepted, *taken], _variants([member]))
-    return taken
-
-
-def _accept_together(trial: "Trial", accepted: list[Candidate], left: Sequence[Candidate]) -> list[Candidate]:
-    """Return what holds if unit u of one group only goes with unit u of another, as where a layer is split evenly."""
-    together: dict[tuple[object, ...], list[Candidate]] = defaultdict(list)
-    for c in left:
-        together[c.family, c.group.num_units].append(c)
-    taken: list[Candidate] = []
-    for members in together.values():
-        merged = [[m] for v in _variants(members) if (m := _merged(v))]
-        taken += _first_that_holds(trial, [*accepted, *taken], merged)
-    for members in _classes([c for c in left if not _is_in(c, taken)]).values():
-        merged = [[m] for v in _variants(members) if (m := _merged(v))]
-        taken += _first_that_holds(trial, [*accepted, *taken], merged)
-    return taken
-
-
-def _is_in(c: Candidate, taken: Sequence[Candidate]) -> bool:
-    slices = {s for t in taken for s in t.group.slices}
-    return slices.issuperset(c.group.slices)
-
-
-def _first_that_holds(
-    trial: "Trial", accepted: Sequence[Candidate], proposals: Sequence[list[Candidate]]
-) -> list[Candidate]:
-    return next((p for p in proposals if trial.holds([*accepted, *p])), [])
-
-
-def _variants(members: Sequence[Candidate]) -> list[list[Candidate]]:
-    """Return the members with all of their counters, with counts of heads only, with none, and with any single one."""
-    names = sorted({n for c in members for x in c.group.counters if (n := _attribute(x)) not in HEAD_COUNTS})
-    variants = [
-        list(members),
-        [_with_counters(c, HEAD_COUNTS.__contains__) for c in members],
-        [_with_counters(c, lambda name: False) for c in members],
-        *([_with_counters(c, name.__eq__) for c in members] for name in names),
-    ]
-    return [v for i, v in enumerate(variants) if v not in variants[:i]]
-
-
-def _attribute(counter: Counter) -> str:
-    return counter.attribute.rpartition(".")[2]
-
-
-def _with_counters(c: Candidate, wanted: Callable[[str], bool]) -> Candidate:
-    counters = tuple(x for x in c.group.counters if _attribute(x) in STRUCTURAL or wanted(_attribute(x)))
-    return replace(c, group=replace(c.group, counters=counters))
-
-
-def _merged(members: Sequence[Candidate]) -> Candidate | None:
-    """Return one group whose unit u is unit u of every member, as where layers share one bias for each head."""
-    groups = [c.group for c in members]
-    if len(groups) < 2 or len({g.num_units for g in groups}) > 1:
-        return None
-    consumers = tuple(dict.fromkeys(n for c in members for n in c.consumers))
-    group = replace(
-        groups[0],
-        name=groups[0].name if groups[0].kind is Kind.CHANNELS else f"{home(consumers)}:{groups[0].kind.value}",
-        slices=tuple(s for g in groups for s in g.slices),
-        counters=_added(c for g in groups for c in g.counters),
-        core_macs=sum(g.core_macs for g in groups),
-    )
-    return replace(members[0], group=group, consumers=consumers)
-
-
-def _added(counters: Iterable[Counter]) -> tuple[Counter, ...]:
-    widths: dict[str, int] = defaultdict(int)
-    for c in counters:
-        # A size of one of several equal parts falls once; groups of channels fall for each part.
-        widths[c.attribute] = widths[c.attribute] + c.width if _attribute(c) in STRUCTURAL else c.width
-    return tuple(Counter(attribute, width) for attribute, width in widths.items())
 
 
 class Trial:
@@ -237,6 +111,7 @@ class Trial:
         return len(masked) == len(pruned) and all(map(_close, masked, pruned))
 
     def _run(self, watched: Sequence[str], mask: Sequence[tuple[Group, list[int]]]) -> list[Tensor]:
+        renew_caches(self._model)  # filled with other sizes, before or by the last run
         seen: list[Tensor] = []
         made = _channels(mask, {Role.PRODUCER, Role.FACTOR})
 

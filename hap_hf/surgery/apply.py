@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hap_hf.config import ImplantInit
+from hap_hf.curvature.state import renew_caches
 from hap_hf.errors import PlanMismatchError
 from hap_hf.group import Slice
 from hap_hf.plan import KEEP, PRUNE, GroupPlan, PruningPlan
@@ -145,6 +146,7 @@ def apply_plan_undoable_(
     except BaseException:
         undo_(undo)
         raise
+    renew_caches(model)
     return tuple(changes), undo
 
 
