@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 import hap_hf.scores
+from hap_hf.config import Method
 from hap_hf.curvature import rademacher
 from hap_hf.group import Group, Kind, Role, Slice
 from hap_hf.scores import METHODS, Scores, UnitWeights, score_groups, unit_sensitivity
@@ -197,7 +198,7 @@ def test_random_scores_depend_on_the_seed_and_the_groups_name_only() -> None:
 
 
 def test_every_method_of_the_config_can_score() -> None:
-    assert {m.value for m in METHODS} == {"hessian", "magnitude", "random"}
+    assert {m.value for m in METHODS} == {m.value for m in Method}
     for method in METHODS:
         scores = score_groups(net(), [FFN], [BATCH], config(method=method))
         assert scores.method == method.value

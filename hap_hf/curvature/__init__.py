@@ -1,18 +1,32 @@
-"""How much each weight matters to the loss: second derivatives of any torch model. Knows no groups and no families."""
+"""How much each weight matters to the loss: derivatives of any torch model. Knows no groups and no families."""
 
+from hap_hf.curvature.ggn import estimate_fisher, estimate_ggn
 from hap_hf.curvature.hutchinson import TraceEstimate, estimate_traces
 from hap_hf.curvature.hvp import accumulation_dtype, differentiable_gradient, hvp
+from hap_hf.curvature.layer_watch import Marginals, Wanted
+from hap_hf.curvature.marginals import Statistic, squared, times_weights
 from hap_hf.curvature.probes import ProbeSource, rademacher, seeded_generator
+from hap_hf.curvature.sample_means import ReduceSamples, SampleBatch, SampleEstimate
 from hap_hf.curvature.state import preserved
 
 __all__ = [
+    "Marginals",
     "ProbeSource",
+    "ReduceSamples",
+    "SampleBatch",
+    "SampleEstimate",
+    "Statistic",
     "TraceEstimate",
+    "Wanted",
     "accumulation_dtype",
     "differentiable_gradient",
+    "estimate_fisher",
+    "estimate_ggn",
     "estimate_traces",
     "hvp",
     "preserved",
     "rademacher",
     "seeded_generator",
+    "squared",
+    "times_weights",
 ]

@@ -1,15 +1,15 @@
 """Hutchinson's estimator of the Hessian traces of many blocks of weights at once."""
 
-import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from hap_hf.curvature.batch_loss import check_counts, checked_loss
 from hap_hf.curvature.hvp import differentiable_gradient, hvp, listed
 from hap_hf.curvature.probes import ProbeSource
-from hap_hf.errors import BatchError, CurvatureError
+from hap_hf.errors import CurvatureError
 
 Reduce = Callable[[Mapping[str, Tensor]], Tensor]
 """Maps a value for each weight, by name, to their sums over blocks, ``[num_blocks]``. Must be linear."""
@@ -96,10 +96,7 @@ def estimate_traces(
         num_batches += 1
         num_terms += terms
         del batch  # frees its graph before the next one is built
-    if seen == 0:
-        raise BatchError("expected at least one batch, got none; was the iterator used up? Pass a list or a DataLoader")
-    if num_terms == 0:
-        raise BatchError(f"expected loss terms in the batches, got {seen} with none; are all labels -100?")
+    check_counts(seen, num_terms)
     return TraceEstimate(trace / num_terms, variance.sqrt() / num_terms, num_batches, num_terms)
 
 
@@ -111,7 +108,7 @@ class _Batch:
     ) -> None:
         self.index, self.tensors, self.scale = index, tensors, scale
         with torch.enable_grad():
-            self.loss = self._checked(loss_of_batch())
+            self.loss = checked_loss(loss_of_batch(), index)
             self.gradient = self._differentiated()
 
     def moments(
@@ -150,20 +147,3 @@ class _Batch:
             return differentiable_gradient(self.loss, self.tensors, self.scale)
         except CurvatureError as error:
             raise CurvatureError(f"batch {self.index}: {error}") from None
-
-    def _checked(self, loss: object) -> Tensor:
-        if not isinstance(loss, Tensor) or loss.dim():
-            got = f"shape {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-            raise CurvatureError(f"batch {self.index}: expected the loss to be a scalar tensor, got {got}")
-        value = loss.item()
-        if not math.isfinite(value):
-            raise CurvatureError(
-                f"batch {self.index}: expected a finite loss, got {value}; look for extreme weights or inputs, or for "
-                "labels of which none counts"
-            )
-        if not loss.requires_grad:
-            raise CurvatureError(
-                f"batch {self.index}: expected a loss that depends on the weights, got one without a graph; was it "
-                "detached, or computed under torch.no_grad()?"
-            )
-        return loss

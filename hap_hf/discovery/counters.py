@@ -19,8 +19,8 @@ def counters_of(
 ) -> tuple[Counter, ...]:
     """Return the attributes that seem to count the units or their entries.
 
-    They are found by name and value on the modules that directly hold the layers, and on those beside the layers that
-    have no parameters. Whether they do what their names say is settled by trying the group
+    They are found by name and value on the modules around the layers, and on those beside the layers that have no
+    parameters. Whether they do what their names say is settled by trying the group
     (:mod:`hap_hf.discovery.trial`).
 
     Args:
@@ -58,15 +58,23 @@ def counters_of(
 
 
 def _holders(model: nn.Module, slices: Sequence[Slice]) -> list[str]:
+    """Return the modules around the layers, up to the one that holds them all, and those beside them."""
     layers = {s.tensor.rpartition(".")[0] for s in slices}
+    parts = [n.split(".") for n in layers]
+    shared = 0
+    while all(len(p) > shared + 1 for p in parts) and len({p[shared] for p in parts}) == 1:
+        shared += 1
     holders = {n.rpartition(".")[0] for n in layers}
+    holders |= {".".join(p[:i]) for p in parts for i in range(max(shared, 1), len(p))}
     beside = {
         f"{holder}.{name}" if holder else name
         for holder in holders
         for name, child in model.get_submodule(holder).named_children()
         if next(child.parameters(), None) is None
     }
-    return sorted((holders | beside) - layers)
+    # A block may hold a parameter of its own beside its layers; a layer's own sizes follow its tensors.
+    blocks = {n for n in layers if next(model.get_submodule(n).children(), None) is not None}
+    return sorted(((holders | beside) - layers) | blocks)
 
 
 def structural_counters(model: nn.Module, slices: Sequence[Slice]) -> tuple[Counter, ...]:

@@ -119,6 +119,7 @@ def record(model: nn.Module, batch: Mapping[str, Any]) -> Generator[Recording]:
 
 def _followers(model: nn.Module) -> dict[str, list[str]]:
     result = {}
+    others: tuple[str, ...]
     for name, module in model.named_modules():
         if isinstance(module, STATISTICS) and module.running_mean is not None:
             leader, others = "running_mean", ("running_var", "weight", "bias")

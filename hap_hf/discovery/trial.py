@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from hap_hf.batches import call
-from hap_hf.curvature.state import renew_caches
 from hap_hf.config import ImplantInit
+from hap_hf.curvature.state import renew_caches
 from hap_hf.discovery.families import Candidate
 from hap_hf.discovery.record import output_tensors
 from hap_hf.errors import PlanMismatchError, UnsupportedModelError

@@ -1,0 +1,1 @@
+"""The parts of ``run_cifar_hap.py``: command line, images, models and the stages of a run."""

@@ -1,0 +1,53 @@
+"""What the loss of a batch must be before it is differentiated, and batches there must be."""
+
+import math
+
+from torch import Tensor
+
+from hap_hf.errors import BatchError, CurvatureError
+
+
+def checked_loss(loss: object, batch: int) -> Tensor:
+    """Return ``loss`` if it can be differentiated.
+
+    Args:
+        loss: What a loss function returned.
+        batch: Index of the batch, for messages.
+
+    Returns:
+        The loss, a finite scalar with its graph.
+
+    Raises:
+        CurvatureError: If it is no scalar tensor, not finite, or does not depend on the weights.
+    """
+    if not isinstance(loss, Tensor) or loss.dim():
+        got = f"shape {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+        raise CurvatureError(f"batch {batch}: expected the loss to be a scalar tensor, got {got}")
+    value = loss.item()
+    if not math.isfinite(value):
+        raise CurvatureError(
+            f"batch {batch}: expected a finite loss, got {value}; look for extreme weights or inputs, or for "
+            "labels of which none counts"
+        )
+    if not loss.requires_grad:
+        raise CurvatureError(
+            f"batch {batch}: expected a loss that depends on the weights, got one without a graph; was it "
+            "detached, or computed under torch.no_grad()?"
+        )
+    return loss
+
+
+def check_counts(num_batches: int, num_terms: int) -> None:
+    """Check that there was something to take a mean over.
+
+    Args:
+        num_batches: Number of batches that came.
+        num_terms: Number of loss terms in them.
+
+    Raises:
+        BatchError: If either is zero.
+    """
+    if num_batches == 0:
+        raise BatchError("expected at least one batch, got none; was the iterator used up? Pass a list or a DataLoader")
+    if num_terms == 0:
+        raise BatchError(f"expected loss terms in the batches, got {num_batches} with none; are all labels -100?")

@@ -1,0 +1,248 @@
+"""Watching the layers of a model, so that one backward pass gives the gradients of every sample."""
+
+from collections import Counter
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
+from torch.utils.hooks import RemovableHandle
+
+from hap_hf.curvature.hvp import accumulation_dtype
+from hap_hf.curvature.layers import MatrixCall, NotPerSampleError, multiplies_by_matrix
+from hap_hf.curvature.marginals import Statistic, chunks, marginals
+from hap_hf.curvature.replay import ReplayedCall
+
+Marginals = dict[tuple[str, int], Tensor]
+"""A statistic of each sample's gradient, by the name of the weight and one of its dimensions, ``[samples, size]``."""
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is asked of the gradients of samples.
+
+    Args:
+        tensors: The weights, by name.
+        dims: Dimensions of each weight along which sums are asked for, by name.
+        statistic: What is summed along all the other dimensions.
+    """
+
+    tensors: Mapping[str, Tensor]
+    dims: Mapping[str, Collection[int]]
+    statistic: Statistic
+
+    def of_gradients(self, name: str, gradients: Tensor) -> Marginals:
+        """Return what is asked for, from the gradients of one weight written out.
+
+        Args:
+            name: Name of the weight.
+            gradients: Its gradient for each sample, ``[samples, *shape]``.
+
+        Returns:
+            The sums.
+        """
+        found = marginals(gradients, self.tensors[name], self.dims[name], self.statistic)
+        return {(name, d): x for d, x in found.items()}
+
+    def zeros(self, num_samples: int) -> Marginals:
+        """Return what is asked for where nothing depends on the weights.
+
+        Args:
+            num_samples: Number of samples.
+
+        Returns:
+            Zeros.
+        """
+        return {
+            (name, d): torch.zeros(num_samples, t.shape[d], dtype=accumulation_dtype(t.dtype), device=t.device)
+            for name, t in self.tensors.items()
+            for d in self.dims[name]
+        }
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """A call of a module that owns some of the weights, and the edge of the graph at its output."""
+
+    call: MatrixCall | ReplayedCall
+    attributes: Mapping[str, str]  # of the module, by the name of the weight
+    output: GradientEdge
+    num_output_rows: int
+    output_dtype: torch.dtype
+
+
+class LayerWatch:
+    """Hooks on the modules that own some weights, for as long as a ``with`` block lasts.
+
+    A weight may be used by several calls, of one module or of several: their gradients are added up for each sample
+    before the statistic is taken. A use outside the module that owns the weight is not seen.
+
+    Args:
+        model: The model, in which only the weights require gradients.
+        wanted: The weights, and what is asked for.
+    """
+
+    def __init__(self, model: nn.Module, wanted: Wanted) -> None:
+        self.model, self.wanted = model, wanted
+        self._handles: list[RemovableHandle] = []
+        self._calls: list[_Seen] = []
+        self._obstacle: NotPerSampleError | None = None
+        self._recording = False
+        self._on_gradient: Callable[[int, Tensor], None] | None = None
+
+    def __enter__(self) -> Self:
+        """Hang up the hooks."""
+        names = {id(t): name for name, t in self.wanted.tensors.items()}
+        for module in self.model.modules():
+            attributes = {names[id(p)]: a for a, p in module._parameters.items() if id(p) in names}
+            if attributes:
+                hook = partial(self._record, attributes)
+                self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """Take the hooks down."""
+        for handle in self._handles:
+            handle.remove()
+        self._calls.clear()
+
+    @contextmanager
+    def recording(self) -> Generator[None, None, None]:
+        """Remember the calls inside the block, and forget all others.
+
+        Yields:
+            Nothing.
+        """
+        self._calls, self._obstacle, self._recording = [], None, True
+        try:
+            yield
+        finally:
+            self._recording = False
+
+    def _record(
+        self, attributes: Mapping[str, str], module: nn.Module, args: tuple[Any, ...], kwargs: Any, output: Any
+    ) -> None:
+        if not self._recording or (isinstance(output, Tensor) and not output.requires_grad):
+            return
+        try:
+            if not isinstance(output, Tensor) or not output.dim():
+                raise NotPerSampleError(f"a {type(module).__name__} returned something else than one tensor of samples")
+            call: MatrixCall | ReplayedCall
+            if multiplies_by_matrix(module):
+                call = MatrixCall(module, args[0] if args else next(iter(kwargs.values())))
+            else:
+                call = ReplayedCall(module, args, kwargs)
+        except NotPerSampleError as obstacle:
+            self._obstacle = obstacle
+            return
+        # The edge and the hook stay with this value, also when an activation overwrites the tensor in place.
+        self._calls.append(_Seen(call, attributes, get_gradient_edge(output), output.shape[0], output.dtype))
+        register: Callable[[Callable[[Tensor], None]], object] = output.register_hook
+        register(partial(self._pass_on, len(self._calls) - 1))
+
+    @property
+    def tolerance(self) -> float:
+        """Relative difference that rounding may make to the gradients of the recorded calls."""
+        half = any(s.output_dtype in {torch.float16, torch.bfloat16} for s in self._calls)
+        return 0.1 if half else 1e-3
+
+    def _pass_on(self, index: int, grad: Tensor) -> None:
+        if self._on_gradient is not None:
+            self._on_gradient(index, grad)
+
+    def marginals(self, num_samples: int, targets: Sequence[Tensor], vectors: Sequence[Tensor]) -> Marginals:
+        """Return the statistic of the gradient of ``sum_k <targets_k, vectors_k>`` for each sample.
+
+        Args:
+            num_samples: Number of samples. Each has as many consecutive rows of every layer's input and output.
+            targets: Tensors computed from the recorded calls; their graph is kept.
+            vectors: A tensor in the shape of each.
+
+        Returns:
+            The sums, zero for weights that the targets do not depend on.
+
+        Raises:
+            NotPerSampleError: If a recorded call cannot be split into the samples.
+        """
+        if self._obstacle is not None:
+            raise self._obstacle
+        for seen in self._calls:
+            if seen.call.num_rows % num_samples or seen.num_output_rows % num_samples:
+                raise NotPerSampleError(
+                    f"a {type(seen.call.module).__name__} has {seen.call.num_rows} rows for {num_samples} samples"
+                )
+        uses = Counter(name for seen in self._calls for name in seen.attributes)
+        found = self.wanted.zeros(num_samples)
+        later: dict[int, Tensor] = {}
+
+        def arrived(index: int, grad: Tensor) -> None:
+            call, attributes = self._calls[index].call, self._calls[index].attributes
+            if isinstance(call, ReplayedCall) or any(uses[name] > 1 for name in attributes):
+                later[index] = grad
+                return
+            for name, attribute in attributes.items():
+                dims, statistic = self.wanted.dims[name], self.wanted.statistic
+                sums = call.marginals(attribute, dims, grad, num_samples, statistic)
+                found.update({(name, d): x for d, x in sums.items()})
+
+        sources = self._sources()
+        if sources:
+            self._on_gradient = arrived
+            try:
+                # Asked for what lies at the beginning, autograd computes no gradient of a weight on the way.
+                torch.autograd.grad(targets, sources, vectors, retain_graph=True, allow_unused=True)
+            finally:
+                self._on_gradient = None
+        found.update(self._added_up(later, num_samples))
+        return found
+
+    def _sources(self) -> list[GradientEdge]:
+        """Return where all backward paths through the recorded calls end."""
+        sources: list[GradientEdge] = []
+        ahead: list[Node | None] = []
+        for seen in self._calls:
+            if seen.call.reads_graph:
+                ahead.append(seen.output.node)
+            else:
+                sources.append(seen.output)
+        # Inputs that require gradients themselves, as after enable_input_require_grads() of transformers.
+        weights = {id(t) for t in self.wanted.tensors.values()}
+        visited: set[Node] = set()
+        while ahead:
+            node = ahead.pop()
+            if node is not None and node not in visited:
+                visited.add(node)
+                leaf = getattr(node, "variable", None)
+                if leaf is not None and id(leaf) not in weights:
+                    sources.append(get_gradient_edge(leaf))
+                ahead.extend(following for following, _ in node.next_functions)
+        return sources
+
+    def _added_up(self, grads: Mapping[int, Tensor], num_samples: int) -> Marginals:
+        """Return what is asked for from gradients written out, added over the calls that use a weight."""
+        users: dict[str, tuple[int, ...]] = {}
+        for index in sorted(grads):
+            for name in self._calls[index].attributes:
+                users[name] = (*users.get(name, ()), index)
+        together: dict[tuple[int, ...], list[str]] = {}  # weights of one module are differentiated in one go
+        for name, indices in users.items():
+            together.setdefault(indices, []).append(name)
+        found: dict[tuple[str, int], list[Tensor]] = {}
+        for indices, names in together.items():
+            size = 3 * sum(self.wanted.tensors[n].numel() * 4 for n in names)  # gradients, their sum, the statistic
+            for samples in chunks(num_samples, size):
+                totals: list[Tensor] | None = None
+                for index in indices:
+                    call, attributes = self._calls[index].call, self._calls[index].attributes
+                    gradients = call.sample_gradients(
+                        [attributes[n] for n in names], grads[index], num_samples, samples
+                    )
+                    totals = gradients if totals is None else [a + b for a, b in zip(totals, gradients, strict=True)]
+                for name, total in zip(names, totals or (), strict=True):
+                    for key, sums in self.wanted.of_gradients(name, total).items():
+                        found.setdefault(key, []).append(sums)
+        return {key: torch.cat(parts) for key, parts in found.items()}

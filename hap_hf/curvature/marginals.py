@@ -1,0 +1,67 @@
+"""Statistics of per-sample gradients, summed over all dimensions of a parameter but one."""
+
+from collections.abc import Callable, Collection, Iterator
+
+from torch import Tensor
+
+Statistic = Callable[[Tensor, Tensor], Tensor]
+"""What is summed, of gradients ``[samples, *shape]`` and their parameter: :func:`squared` or :func:`times_weights`."""
+
+_WORKSPACE = 64 * 2**20
+
+
+def squared(gradients: Tensor, parameter: Tensor) -> Tensor:
+    """Return the squares of per-sample gradients.
+
+    Args:
+        gradients: Gradient of each sample, ``[samples, *shape]``.
+        parameter: The parameter, ``[*shape]``.
+
+    Returns:
+        The squares, ``[samples, *shape]``.
+    """
+    return gradients.square()
+
+
+def times_weights(gradients: Tensor, parameter: Tensor) -> Tensor:
+    """Return per-sample gradients times the weights.
+
+    Args:
+        gradients: Gradient of each sample, ``[samples, *shape]``.
+        parameter: The parameter, ``[*shape]``.
+
+    Returns:
+        The products, ``[samples, *shape]``.
+    """
+    return gradients * parameter.detach().to(gradients.dtype)
+
+
+def marginals(gradients: Tensor, parameter: Tensor, dims: Collection[int], statistic: Statistic) -> dict[int, Tensor]:
+    """Return the sums of a statistic over all dimensions of a parameter but one.
+
+    Args:
+        gradients: Gradient of each sample, ``[samples, *shape]``.
+        parameter: The parameter, ``[*shape]``.
+        dims: The dimensions to keep, one at a time.
+        statistic: What to sum.
+
+    Returns:
+        The sums by dimension, ``[samples, shape[dim]]``.
+    """
+    values = statistic(gradients, parameter)
+    return {d: values.movedim(d + 1, 1).flatten(2).sum(2) if values.dim() > 2 else values for d in dims}
+
+
+def chunks(num_samples: int, bytes_per_sample: int) -> Iterator[slice]:
+    """Yield slices of samples that need 64 MiB of temporary memory, or of one sample where that needs more.
+
+    Args:
+        num_samples: Number of samples.
+        bytes_per_sample: What one of them needs.
+
+    Yields:
+        The slices, in order.
+    """
+    size = max(1, _WORKSPACE // max(bytes_per_sample, 1))
+    for start in range(0, num_samples, size):
+        yield slice(start, min(start + size, num_samples))

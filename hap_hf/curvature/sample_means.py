@@ -1,0 +1,270 @@
+"""Means of what per-sample gradients tell, with their standard errors."""
+
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from itertools import islice
+
+import torch
+from torch import Tensor, nn
+
+from hap_hf.curvature.batch_loss import check_counts, checked_loss
+from hap_hf.curvature.hvp import accumulation_dtype, listed
+from hap_hf.curvature.layer_watch import LayerWatch, Marginals, Wanted
+from hap_hf.curvature.layers import NotPerSampleError
+from hap_hf.curvature.marginals import squared
+from hap_hf.curvature.output_root import OutputRoot, output_roots
+from hap_hf.curvature.outputs import last_before_loss, recorded_outputs
+from hap_hf.errors import CurvatureError
+
+logger = logging.getLogger(__name__)
+
+ReduceSamples = Callable[[Marginals], Tensor]
+"""Maps the statistics of each sample's gradient to a number for each sample and block, ``[samples, num_blocks]``."""
+
+
+@dataclass(frozen=True)
+class SampleBatch:
+    """A batch whose samples can be told apart.
+
+    Args:
+        loss: Runs the model on it and returns the mean of its loss terms. Called once.
+        num_terms: Number of these terms.
+        num_samples: Number of samples.
+        single: Returns the batch of one of its samples alone.
+    """
+
+    loss: Callable[[], Tensor]
+    num_terms: int
+    num_samples: int
+    single: Callable[[int], "SampleBatch"]
+
+
+@dataclass(frozen=True)
+class SampleEstimate:
+    """A mean over loss terms of numbers that samples have.
+
+    Args:
+        mean: Sum over all samples by number of loss terms, ``[num_blocks]``, float64 on the CPU.
+        standard_error: Its standard error, ``[num_blocks]``, from the spread over the samples: how much other samples
+            and other random signs would change it. Infinite for a single sample.
+        num_batches: Number of batches with loss terms.
+        num_terms: Number of loss terms in them.
+        num_samples: Number of samples in them.
+    """
+
+    mean: Tensor
+    standard_error: Tensor
+    num_batches: int
+    num_terms: int
+    num_samples: int
+
+
+class Forward:
+    """The loss of a batch, or of one sample alone, with its graph.
+
+    Args:
+        model: The model.
+        batch: The batch.
+        wanted: The weights that the loss depends on.
+        index: Index of the batch.
+        sample: Index of the sample; 0 for a whole batch.
+    """
+
+    def __init__(self, model: nn.Module, batch: SampleBatch, wanted: Wanted, index: int, sample: int = 0) -> None:
+        self.wanted, self.index, self.sample = wanted, index, sample
+        self.num_samples, self.num_terms = batch.num_samples, batch.num_terms
+        with recorded_outputs(model) as self._found, torch.enable_grad():
+            loss = checked_loss(batch.loss(), index)
+            self.loss = loss.to(accumulation_dtype(loss.dtype)) * self.num_terms
+
+    @cached_property
+    def outputs(self) -> list[Tensor]:
+        """The tensors that the loss is computed from."""
+        return last_before_loss(self.loss, self._found, self.wanted.tensors)
+
+    @cached_property
+    def roots(self) -> list[OutputRoot]:
+        """A root of the Hessian of the summed loss terms with respect to each of the outputs."""
+        with torch.enable_grad():
+            return list(output_roots(self.loss, {f"output {i}": z for i, z in enumerate(self.outputs)}).values())
+
+    def pulled_back(self, vectors: Sequence[Tensor] | None, scale: float) -> tuple[list[Tensor], list[Tensor]]:
+        """Return what a backward pass starts from.
+
+        Args:
+            vectors: A vector for each output; None for the gradient of the summed loss terms.
+            scale: Factor on the vectors.
+
+        Returns:
+            Tensors, and a vector for each.
+        """
+        if vectors is None:
+            return [self.loss], [torch.full_like(self.loss, scale)]
+        return self.outputs, [(scale * v).to(z.dtype).view(z.shape) for v, z in zip(vectors, self.outputs, strict=True)]
+
+
+_NUM_CHECKED = 4
+"""Most samples of the first batch that are compared with the same samples alone."""
+
+Direction = tuple[float, list[Tensor] | None]
+"""A factor, and a vector for each output, or None for the gradient of the loss."""
+
+
+class SampleMeans:
+    """What the per-sample gradients of some batches tell, added up.
+
+    Args:
+        model: The model.
+        wanted: What is asked of the gradients.
+        reduce: Makes of that a number for each sample and block.
+        directions: What to go back from, of a forward pass.
+        loss_scale: Scale of the gradients at first.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        wanted: Wanted,
+        reduce: ReduceSamples,
+        directions: Callable[[Forward], Iterator[Direction]],
+        loss_scale: float,
+    ) -> None:
+        self.model, self.wanted, self.reduce = model, wanted, reduce
+        self.directions, self.scale = directions, loss_scale
+        self.degree = 2 if wanted.statistic is squared else 1
+        self.watchable: bool | None = None  # whether the layers tell the samples apart; None until that was checked
+
+    def over(self, batches: Iterable[SampleBatch], on_batch: Callable[[], object]) -> SampleEstimate:
+        """Return the mean; see :func:`~hap_hf.curvature.ggn.estimate_ggn`.
+
+        Args:
+            batches: The batches.
+            on_batch: Called after every batch.
+
+        Returns:
+            The mean with its standard error.
+        """
+        seen = num_batches = num_terms = num_samples = 0
+        total = squares = torch.zeros((), dtype=torch.float64, device="cpu")
+        for index, batch in enumerate(batches):
+            seen += 1
+            if batch.num_terms:
+                values = self._values(batch, index).cpu().double()  # [samples, num_blocks]
+                total, squares = total + values.sum(0), squares + values.square().sum(0)
+                num_batches += 1
+                num_terms += batch.num_terms
+                num_samples += len(values)
+            on_batch()
+        check_counts(seen, num_terms)
+        spread = (squares - total.square() / num_samples).clamp_min(0) * num_samples / max(num_samples - 1, 1)
+        error = spread.sqrt() if num_samples > 1 else torch.full_like(total, torch.inf)
+        return SampleEstimate(total / num_terms, error / num_terms, num_batches, num_terms, num_samples)
+
+    def _values(self, batch: SampleBatch, index: int) -> Tensor:
+        if self.watchable is not False:
+            try:
+                return self._together(batch, index)
+            except NotPerSampleError as obstacle:
+                self.watchable = False
+                logger.warning("every sample is differentiated alone, which is slow: %s", obstacle)
+        return torch.cat(list(self._one_by_one(batch, index)))
+
+    def _together(self, batch: SampleBatch, index: int) -> Tensor:
+        """Return the values of all samples from the same backward passes."""
+        total = torch.zeros(())
+        with LayerWatch(self.model, self.wanted) as watch:
+            with watch.recording():
+                forward = Forward(self.model, batch, self.wanted, index)
+            for factor, vectors in self.directions(forward):
+                sums, values = self._finite(forward, vectors, partial(watch.marginals, batch.num_samples))
+                if self.watchable is None:
+                    self._check(batch, forward, vectors, sums, watch.tolerance)
+                    self.watchable = True
+                total = total.to(values) + factor * values
+        return total
+
+    def _one_by_one(self, batch: SampleBatch, index: int) -> Iterator[Tensor]:
+        """Yield the values of each sample from backward passes of its own, ``[1, num_blocks]``."""
+        for n in range(batch.num_samples):
+            single = batch.single(n)
+            if not single.num_terms:  # its mean loss is 0 / 0 and weighs nothing
+                yield torch.zeros_like(self.reduce(self.wanted.zeros(1)))
+                continue
+            forward = Forward(self.model, single, self.wanted, index, n)
+            parts = [f * self._finite(forward, vectors, self._plain)[1] for f, vectors in self.directions(forward)]
+            yield torch.stack(parts).sum(0)
+
+    def _finite(
+        self, forward: Forward, vectors: Sequence[Tensor] | None, differentiate: Callable[..., Marginals]
+    ) -> tuple[Marginals, Tensor]:
+        """Return the statistics and what ``reduce`` makes of them, at the largest loss scale that does not overflow."""
+        while True:
+            sums = differentiate(*forward.pulled_back(vectors, self.scale))
+            for _ in range(self.degree if self.scale != 1 else 0):  # the square of the scale may be too large
+                sums = {key: x / self.scale for key, x in sums.items()}
+            values = self.reduce(sums)
+            if torch.isfinite(values).all():
+                return sums, values
+            if self.scale <= 1:
+                culprits = [name for (name, _), x in sums.items() if not torch.isfinite(x).all()]
+                raise CurvatureError(
+                    f"batch {forward.index}: expected finite gradients, got NaN or infinities in "
+                    f"{listed(culprits) or 'sums over units'}; look for extreme weights or inputs, or score in fp32"
+                )
+            self.scale = max(self.scale / 4, 1.0)
+
+    def _plain(self, targets: Sequence[Tensor], vectors: Sequence[Tensor]) -> Marginals:
+        """Return the statistics of a single sample, by autograd alone."""
+        tensors = self.wanted.tensors
+        gradients = torch.autograd.grad(
+            targets, list(tensors.values()), vectors, retain_graph=True, materialize_grads=True
+        )
+        sums: Marginals = {}
+        for (name, t), gradient in zip(tensors.items(), gradients, strict=True):
+            sums.update(self.wanted.of_gradients(name, gradient[None].to(accumulation_dtype(t.dtype))))
+        return sums
+
+    def _check(
+        self, batch: SampleBatch, forward: Forward, vectors: list[Tensor] | None, sums: Marginals, tolerance: float
+    ) -> None:
+        """Compare the statistics of the samples with the largest ones with those of the same samples alone.
+
+        Rounding may switch a ReLU of one sample; what is wrong differs for every sample.
+
+        Raises:
+            NotPerSampleError: If a tensor's statistics differ for each of them.
+        """
+        strength = torch.stack([x.abs().sum(1).cpu() for x in sums.values()]).sum(0)
+        singles = ((n, batch.single(n)) for n in strength.argsort(descending=True).tolist())
+        differ = set(sums)
+        for n, single in islice(((n, single) for n, single in singles if single.num_terms), _NUM_CHECKED):
+            alone = Forward(self.model, single, self.wanted, forward.index, n)
+            own = None if vectors is None else _rows(vectors, n, batch.num_samples, alone)
+            truth, _ = self._finite(alone, own, self._plain)
+            floor = 1e-6 * max(x.norm().item() for x in truth.values())
+            differ = {
+                key
+                for key, x in truth.items()
+                if key in differ and (sums[key][n] - x[0]).norm().item() > tolerance * x.norm().item() + floor
+            }
+            if not differ:
+                return
+        if culprits := sorted({name for name, _ in differ}):
+            raise NotPerSampleError(
+                f"{listed(culprits)} has another gradient for a sample in a batch than for the sample alone; it is used "
+                "outside its layer, or samples do not lie along the first dimension, or are mixed"
+            )
+
+
+def _rows(vectors: Sequence[Tensor], n: int, num_samples: int, alone: Forward) -> list[Tensor]:
+    """Return the part of some vectors that belongs to sample n.
+
+    Raises:
+        NotPerSampleError: If the outputs of the sample alone have another size.
+    """
+    sizes = [z.numel() * num_samples for z in alone.outputs]
+    if sizes != [v.numel() for v in vectors]:
+        raise NotPerSampleError("the model's outputs do not lie along a first dimension of samples")
+    return [v.reshape(num_samples, -1)[n] for v in vectors]

@@ -1,0 +1,63 @@
+"""What scoring returns, and HAP's formula."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Scores:
+    """How sensitive the loss is to the removal of each unit.
+
+    Args:
+        sensitivity: For each group, by name, the sensitivity of its units, ``[num_units]``, float64 on the CPU.
+        standard_error: Standard error of each sensitivity, ``[num_units]``; zero where the method is exact. For
+            ``hessian`` it is the noise of the probes, for the batches at hand; for methods by gradients of samples the
+            spread over the samples, how much others would change the result.
+        method: How the sensitivities were estimated.
+        num_probes: Random probes for each batch; 0 where the method has none.
+        num_batches: Batches that were used.
+        num_loss_terms: Loss terms in these batches.
+        seconds: Wall-clock time.
+    """
+
+    sensitivity: Mapping[str, Tensor]
+    standard_error: Mapping[str, Tensor]
+    method: str
+    num_probes: int
+    num_batches: int
+    num_loss_terms: int
+    seconds: float
+
+    @property
+    def negative_share(self) -> float:
+        """Share of all units whose sensitivity is negative: noise of the probes, or a loss that is not at a minimum."""
+        every = torch.cat(list(self.sensitivity.values()))
+        return (every < 0).double().mean().item()
+
+
+def unit_sensitivity(trace: Tensor, squared_norm: Tensor, num_entries: int) -> Tensor:
+    r"""Return HAP's sensitivity of each unit, tr(H_uu) ||w_u||^2 / (2 n_u).
+
+    The second-order loss increase w_u^T H_uu w_u / 2 of removing unit u, with H_uu replaced by its mean eigenvalue.
+    Assumes a gradient near zero, drops the cross terms to other units, and is negative where the trace is. Linear in
+    the trace, so that a standard error of the trace becomes one of the sensitivity.
+
+    Reference: Yu et al., "Hessian-Aware Pruning and Optimal Neural Implant", WACV 2022. The reference code leaves out
+    the 1/2.
+
+    Args:
+        trace: Hessian trace over each unit's entries, ``[num_units]``, in loss per squared weight.
+        squared_norm: Squared Euclidean norm of each unit's weights, ``[num_units]``.
+        num_entries: Number of weight entries a unit has.
+
+    Returns:
+        Sensitivity of each unit, ``[num_units]``, in units of the loss.
+
+    Example:
+        >>> unit_sensitivity(torch.tensor([4.0, -1.0]), torch.tensor([3.0, 6.0]), num_entries=6)
+        tensor([ 1.0000, -0.5000])
+    """
+    return trace * squared_norm / (2 * num_entries)

@@ -1,0 +1,113 @@
+"""What a criterion is given, and the batches of it made ready."""
+
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import islice
+from operator import length_hint
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+from tqdm.auto import tqdm  # type: ignore[import-untyped]
+
+from hap_hf.batches import batch_size
+from hap_hf.config import HapConfig, Precision
+from hap_hf.curvature import SampleBatch, preserved
+from hap_hf.group import Group
+from hap_hf.losses import LossFunction, batch_losses
+
+_FP16_LOSS_SCALE = 2.0**16
+
+
+@dataclass(frozen=True)
+class ScoringTask:
+    """What a criterion is given.
+
+    Args:
+        model: The model that the groups were found in.
+        groups: Units to score.
+        batches: Keyword arguments of the model's forward with labels.
+        config: The settings.
+        loss_fn: Mean loss of the model on a batch.
+    """
+
+    model: nn.Module
+    groups: Sequence[Group]
+    batches: Iterable[Mapping[str, Any]]
+    config: HapConfig
+    loss_fn: LossFunction
+
+    @contextmanager
+    def ready(
+        self, tensors: Mapping[str, Tensor], title: str, unit: str, ticks: int = 1
+    ) -> Generator[Callable[[], object], None, None]:
+        """Prepare the model for derivatives and show a progress bar inside the block.
+
+        Args:
+            tensors: What to differentiate with respect to, by name.
+            title: What the bar is called.
+            unit: What it counts.
+            ticks: How many of them there are in a batch.
+
+        Yields:
+            The function that moves the bar by one.
+        """
+        most = self.config.max_batches
+        num_batches = min(length_hint(self.batches), most or length_hint(self.batches))
+        with (
+            preserved(self.model, tensors),
+            # The caller's autocast must not reach into the derivatives.
+            torch.autocast(next(self.model.parameters()).device.type, enabled=False),
+            tqdm(total=num_batches * ticks or None, desc=title, unit=unit, disable=not self.config.progress) as bar,
+        ):
+            yield bar.update
+
+    def loss_scale(self, tensors: Mapping[str, Tensor]) -> float:
+        """Return the loss scale to begin with.
+
+        Args:
+            tensors: What is differentiated with respect to, by name.
+
+        Returns:
+            1 unless anything is in float16.
+        """
+        half = self.config.precision is Precision.FP16 or any(t.dtype == torch.float16 for t in tensors.values())
+        return _FP16_LOSS_SCALE if half else 1.0
+
+    def losses(self) -> Iterator[tuple[Callable[[], Tensor], int]]:
+        """Yield for each batch a function that computes its mean loss, and the number of loss terms.
+
+        Returns:
+            The pairs.
+        """
+        return self._losses_of(islice(self.batches, self.config.max_batches))
+
+    def samples(self) -> Iterator[SampleBatch]:
+        """Yield the batches so that their samples can also be computed alone.
+
+        Yields:
+            The batches.
+        """
+        current: list[Mapping[str, Any]] = []
+
+        def remembered() -> Iterator[Mapping[str, Any]]:
+            for batch in islice(self.batches, self.config.max_batches):
+                current[:] = [batch]
+                yield batch
+
+        for loss, num_terms in self._losses_of(remembered()):
+            (batch,) = current
+            labels = batch.get("labels")
+            size = labels.shape[0] if isinstance(labels, Tensor) and labels.dim() else batch_size(batch)
+            yield SampleBatch(loss, num_terms, size, partial(self._single, batch, size))
+
+    def _single(self, batch: Mapping[str, Any], size: int, n: int) -> SampleBatch:
+        """Return the batch of sample n of ``size`` alone."""
+        one = tree_map_only(Tensor, lambda t: t[n : n + 1] if t.dim() and t.shape[0] == size else t, dict(batch))
+        return next(replace(self, batches=[one]).samples())
+
+    def _losses_of(self, batches: Iterable[Mapping[str, Any]]) -> Iterator[tuple[Callable[[], Tensor], int]]:
+        return batch_losses(self.model, batches, self.loss_fn, self.config.precision)
