@@ -253,7 +253,8 @@ def test_a_model_that_gives_nan_is_refused_since_nothing_could_be_verified():
 
 def test_a_model_with_nothing_to_remove_is_refused_with_what_was_looked_for():
     model = nn.Linear(3, 2)
-    with pytest.raises(UnsupportedModelError, match=r"attention heads .* FFN neurons .* channels .* among 1 linear layers"):
+    message = r"attention heads .* FFN neurons .* convolution channels .* among 1 linear layers"
+    with pytest.raises(UnsupportedModelError, match=message):
         find_groups(model, {"input": torch.randn(2, 3)})
 
 

@@ -253,8 +253,8 @@ class SampleMeans:
                 return
         if culprits := sorted({name for name, _ in differ}):
             raise NotPerSampleError(
-                f"{listed(culprits)} has another gradient for a sample in a batch than for the sample alone; it is used "
-                "outside its layer, or samples do not lie along the first dimension, or are mixed"
+                f"{listed(culprits)} has another gradient for a sample in a batch than for the sample alone; it is "
+                "used outside its layer, or samples do not lie along the first dimension, or are mixed"
             )
 
 

@@ -69,11 +69,11 @@ def partition(recording: Recording, consumer: str) -> Partition | None:
         owners = dependence.owners(units)
         if _covers(owners, dependence, channels // width):
             return _made(consumer, units, owners, dependence)
-    united = _unite(dependence, channels)
-    if united is None:
-        return None
-    owners = dependence.owners(united)
-    return _made(consumer, united, owners, dependence) if _is_clean(owners, dependence) else None
+    for guess in (_repeated, _unite):
+        united = guess(dependence, channels)
+        if united is not None and _is_clean(owners := dependence.owners(united), dependence):
+            return _made(consumer, united, owners, dependence)
+    return None
 
 
 def _made(consumer: str, units: Tensor, owners: dict[str, Tensor], dependence: Dependence) -> Partition:
@@ -107,6 +107,9 @@ def _only(channel: int, channels: int) -> Tensor:
 def _widths(dependence: Dependence, channels: int) -> Iterator[int]:
     """Yield numbers of consecutive channels that may make up one unit, as those of an attention head."""
     first = dependence.touched(_only(0, channels), dependence.parameters)
+    second = dependence.touched(_only(1, channels), dependence.parameters)
+    if not any(bool((first[n] & second[n]).any()) for n in first):
+        return  # neighbours have nothing in common
     fallback = []
     for width in (d for d in range(2, channels) if channels % d == 0):
         other = dependence.touched(_only(width, channels), dependence.parameters)
@@ -119,7 +122,39 @@ def _widths(dependence: Dependence, channels: int) -> Iterator[int]:
     yield from fallback
 
 
-_NUM_TESTS = 96
+_MOST_QUESTIONS = 64
+
+
+def _repeated(dependence: Dependence, channels: int) -> Tensor | None:
+    """Return units of channels at equal distances, as in a concatenation of a layer with functions of itself.
+
+    Args:
+        dependence: Answers about the channels.
+        channels: Number of channels.
+
+    Returns:
+        Unit of each channel, ``[channels]``, or None where the first channel shares its sources with others.
+    """
+    first = dependence.touched(_only(0, channels), dependence.parameters)
+    ranges, found, questions = [(1, channels)], [], 0
+    while ranges and questions < _MOST_QUESTIONS:
+        start, end = ranges.pop()
+        mask = torch.zeros(channels)
+        mask[start:end] = 1
+        other = dependence.touched(mask, dependence.parameters)
+        questions += 1
+        if any(bool((first[n] & other[n]).any()) for n in first):
+            middle = (start + end) // 2
+            if end - start == 1:
+                found.append(start)
+            else:
+                ranges += [(start, middle), (middle, end)]
+    step = min(found, default=channels)
+    evenly = sorted(found) == list(range(step, channels, step)) and channels % step == 0
+    return torch.arange(channels) % step if found and evenly and not ranges else None
+
+
+_NUM_TESTS = 64
 _MOST_TOGETHER = 8
 
 
