@@ -15,7 +15,7 @@ the plan, alone, makes the model smaller, now or later inside ``from_pretrained`
 import importlib.util
 
 from hap_hf.checkpoint import load_pruned_heads, plan_of, record_plan, save_pruned, wrap_timm
-from hap_hf.config import HapConfig, ImplantInit, Method, Precision
+from hap_hf.config import Coupling, HapConfig, ImplantInit, Method, Precision
 from hap_hf.discovery import find_groups
 from hap_hf.errors import (
     BatchError,
@@ -51,6 +51,7 @@ __all__ = [  # noqa: RUF022 (by stage, not by letter)
     "HessianPruner",
     "prune",
     # choices
+    "Coupling",
     "ImplantInit",
     "Kind",
     "Method",

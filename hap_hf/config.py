@@ -113,7 +113,7 @@ class HapConfig:
     kinds: tuple[Kind, ...] = (Kind.HEADS, Kind.FFN, Kind.CHANNELS)
     exclude: tuple[str, ...] = ()
     method: Method = Method.HESSIAN
-    coupling: Coupling = Coupling.JOINT
+    coupling: Coupling = Coupling.SUM
     num_probes: int = 8
     num_output_probes: int | None = 1
     max_batches: int | None = 8

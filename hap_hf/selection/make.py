@@ -143,6 +143,7 @@ def _provenance(scores: Scores, config: HapConfig, threshold: float) -> dict[str
         "num_probes": scores.num_probes,
         "num_batches": scores.num_batches,
         "num_loss_terms": scores.num_loss_terms,
+        "coupling": config.coupling.value,
         "precision": config.precision.value,
         "seed": config.seed,
         "threshold": threshold,
