@@ -26,6 +26,7 @@ from hap_hf import (
 )
 from hap_hf.errors import BatchError, ConfigError, PlanMismatchError, UnsupportedModelError
 from hap_hf.footprint import footprint, whole_footprint
+from hap_hf.group import Counter
 from hap_hf.plan import GroupPlan, PruningPlan
 from hap_hf.surgery import apply_plan_, collect_input_moments
 
@@ -237,7 +238,7 @@ def test_what_timm_would_not_build_is_not_wrapped():
 def test_images_of_another_size_than_the_model_takes_are_an_error_that_changes_nothing():
     model = timm.create_model("vit_tiny_patch16_224", num_classes=3, img_size=32, depth=1)
     before = copy.deepcopy(model.state_dict())
-    with pytest.raises(Exception, match="16"):
+    with pytest.raises(BatchError, match=r"does not run on the first batch, .*\[8, 3, 16, 16\].*height \(16\)"):
         prune(model, pairs(size=16), HALF)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert all("forward" not in vars(m) for m in model.modules())
@@ -249,6 +250,39 @@ def test_images_without_a_batch_dimension_or_labels_are_an_error():
         prune(model, [images()], HALF)
     with pytest.raises(BatchError, match="returned no loss"):
         prune(model, [{"x": images()}], HALF)
+
+
+def test_every_layer_of_a_network_with_padding_shortcuts_is_prunable():
+    model = timm.create_model("cifar_resnet20", num_classes=3).eval()
+    groups = find_groups(model, {"x": images(2)})
+    cut = {s.tensor for g in groups for s in g.slices}
+    assert {n for n, p in model.named_parameters() if p.dim() > 1} <= cut
+    assert [sum(g.num_units for g in groups if "conv2" in g.name)] == [2 * 8 + 2 * 16]
+
+
+def test_control_flow_that_depends_on_the_data_is_no_obstacle():
+    class Branching(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last, self.fc = nn.Conv2d(3, 6, 3), nn.Conv2d(6, 4, 3), nn.Linear(4, 3)
+
+        def forward(self, x):
+            x = torch.relu(self.first(x))
+            if x.sum().item() > 0:
+                x = self.last(x)
+            return self.fc(x[:, :4].mean((2, 3)))
+
+    groups = find_groups(randomise_(Branching()).eval(), {"x": images(2)})
+    assert [g.num_units for g in groups] == [6, 4]
+
+
+def test_a_plan_that_lowers_the_groups_of_a_layer_it_does_not_cut_is_refused():
+    model, batch = net("grouped")
+    group = next(g for g in find_groups(model, batch) if g.name == "last:channels")
+    changed = copy.copy(group)
+    object.__setattr__(changed, "counters", (*group.counters, Counter("first.groups", 1)))
+    with pytest.raises(PlanMismatchError, match="first.groups: expected an integer attribute of channels must go"):
+        apply_plan_(model, plan_of({changed: [1]}))
 
 
 def test_dropout_and_stochastic_depth_in_train_mode_do_not_matter():

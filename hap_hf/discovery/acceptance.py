@@ -36,8 +36,8 @@ def accept(model: nn.Module, batch: Mapping[str, Any], candidates: Sequence[Cand
         trial = Trial(model, batch)
         accepted = _accept(trial, [], list(_classes(candidates).values()))
         if len(accepted) < len(candidates):
-            accepted = _together(trial, accepted, candidates)
             accepted += _alone(trial, accepted, [c for c in candidates if not _is_in(c, accepted)])
+            accepted = _together(trial, accepted, candidates)
         if whole := [c.group.name for c in candidates if not _is_in(c, accepted)]:
             logger.info("left whole: %s; removing units there does not equal masking", whole)
         # A convolution without channels does not run.

@@ -42,7 +42,7 @@ def find_groups(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Group, ...]
 
     Raises:
         UnsupportedModelError: If the model is wrapped, compiled, quantized or on ``meta``, or nothing is found.
-        BatchError: If ``batch`` is no mapping with tensors.
+        BatchError: If ``batch`` is no mapping with tensors, or the model does not run on it.
     """
     check_bare(model)
     if not isinstance(batch, Mapping) or not any(isinstance(v, Tensor) for v in batch.values()):
@@ -53,7 +53,14 @@ def find_groups(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Group, ...]
     example = few_samples(move_to_model(model, batch))
     if "use_cache" in inspect.signature(model.forward).parameters:
         example["use_cache"] = False
-    core_macs = _macs_outside_projections(model, example)
+    try:
+        core_macs = _macs_outside_projections(model, example)
+    except Exception as error:  # the model's own code may raise anything
+        shapes = {k: list(v.shape) for k, v in batch.items() if isinstance(v, Tensor)}
+        raise BatchError(
+            f"{type(model).__name__} does not run on the first batch, {shapes}: {error}; pass batches like those it "
+            "was trained on"
+        ) from error
     with record(model, example) as recording:
         candidates = find_candidates(model, recording, core_macs)
     groups = accept(model, example, candidates)

@@ -157,7 +157,9 @@ def _torn_layers(stage: Sequence[GroupPlan], modules: dict[str, nn.Module]) -> I
         return lost.get((f"{path}.{leaf}", dim), set())
 
     counted = _counted(stage)
-    for path in {tensor.rpartition(".")[0] for tensor, _ in lost}:
+    holders = {tensor.rpartition(".")[0] for tensor, _ in lost}
+    holders |= {owner for owner, _, name in (c.rpartition(".") for c in counted) if name in {"groups", "num_groups"}}
+    for path in sorted(holders):
         module = modules[path]
         if is_projection(module):
             outputs = count(path, "weight", output_dim(module))
