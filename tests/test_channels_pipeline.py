@@ -281,7 +281,7 @@ def test_a_plan_that_lowers_the_groups_of_a_layer_it_does_not_cut_is_refused():
     group = next(g for g in find_groups(model, batch) if g.name == "last:channels")
     changed = copy.copy(group)
     object.__setattr__(changed, "counters", (*group.counters, Counter("first.groups", 1)))
-    with pytest.raises(PlanMismatchError, match="first.groups: expected an integer attribute of channels must go"):
+    with pytest.raises(PlanMismatchError, match=r"first\.groups: expected an integer attribute"):
         apply_plan_(model, plan_of({changed: [1]}))
 
 

@@ -71,7 +71,12 @@ def main(argv: Sequence[str] | None = None) -> str:
     )
     parser.add_argument("--work_dir", type=Path, required=True, help="folder for the dense model and the results")
     parser.add_argument("--keep", type=float, nargs="+", default=[0.7, 0.5, 0.3], help="shares of parameters to keep")
-    parser.add_argument("--implant_ratio", type=float, default=0.3, help="implanted share of the cut units")
+    parser.add_argument(
+        "--implant_ratio",
+        type=float,
+        default=0.3,
+        help="implanted share of the cut units; 0 for rows without implants alone",
+    )
     parser.add_argument("--methods", nargs="+", default=[m.value for m in Method], help="how to score")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="seeds of scores and fine-tuning")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
@@ -81,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> str:
     settings = parse([*flags, "--target_params", "0.5", "--output_dir", str(own.work_dir)])
     rows = Rows(own.work_dir / "rows.jsonl", flags)
     model, material = make_dense(settings, own.work_dir / "dense", rows)
-    ways = [{"keep": keep, "implant_ratio": ratio} for keep in own.keep for ratio in (0.0, own.implant_ratio)]
+    ways = [{"keep": keep, "implant_ratio": ratio} for keep in own.keep for ratio in sorted({0.0, own.implant_ratio})]
     groups: tuple[Group, ...] = ()
     for seed in own.seeds:
         for method in own.methods:
