@@ -75,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> str:
         "--implant_ratio",
         type=float,
         default=0.3,
-        help="implanted share of the cut units; 0 for rows without implants alone",
+        help="implanted share of the cut units, 0 for none",
     )
     parser.add_argument("--methods", nargs="+", default=[m.value for m in Method], help="how to score")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="seeds of scores and fine-tuning")
