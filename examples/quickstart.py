@@ -22,7 +22,7 @@ from sklearn.model_selection import train_test_split
 from torch import nn
 from transformers import AutoModelForImageClassification, Trainer, TrainingArguments, ViTConfig, set_seed
 
-from hap_hf import HapConfig, HessianPruner, measure_size
+from hap_hf import HapConfig, HessianPruner, Method, measure_size
 
 Samples = list[dict[str, torch.Tensor]]
 
@@ -122,7 +122,7 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
     parser.add_argument("--recovery_epochs", type=float, default=8, help="epochs of fine-tuning after pruning")
     parser.add_argument("--target_params", type=float, default=0.5, help="share of encoder parameters to keep")
     parser.add_argument("--implant_ratio", type=float, default=0.2, help="share of cut units that become implants")
-    parser.add_argument("--num_probes", type=int, default=8, help="Hutchinson probes a batch")
+    parser.add_argument("--method", choices=[m.value for m in Method], default=HapConfig(prune_ratio=0.5).method.value)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1, help="CPU threads; a model this small gains little from more")
     options = parser.parse_args(argv)
@@ -141,7 +141,7 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
     config = HapConfig(
         target_params=options.target_params,
         implant_ratio=options.implant_ratio,
-        num_probes=options.num_probes,
+        method=options.method,
         seed=options.seed,
         round_to=8,
     )

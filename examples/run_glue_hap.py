@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     args.dataloader_pin_memory &= args.device.type != "cpu"  # there it does nothing but warn
     config = pruning.to_config(args.seed)
     trains = args.do_train and (args.num_train_epochs > 0 or args.max_steps > 0)
-    model, material, untrained = _prepare(model_args, data_args, args)
+    model, material, untrained = prepare(model_args, data_args, args)
     if untrained and not trains:
         raise ValueError(
             f"{model_args.model_name_or_path} is not fine-tuned, it has no values for {', '.join(sorted(untrained))}; "
@@ -106,10 +106,22 @@ def _set_up_logging(args: TrainingArguments) -> None:
         logging.getLogger(name).setLevel(logging.INFO if args.log_level == "passive" else level)
 
 
-def _prepare(
+def prepare(
     model_args: ModelArguments, data_args: DataArguments, args: TrainingArguments
 ) -> tuple[PreTrainedModel, Material, set[str]]:
-    """Return the model, what it works on, and the names of its weights that are new."""
+    """Load data and model.
+
+    Args:
+        model_args: Which model.
+        data_args: Which data.
+        args: The Trainer's arguments, which say what splits are used.
+
+    Returns:
+        The model, what it works on, and the names of its weights that are new.
+
+    Raises:
+        ValueError: If the data and the model do not fit together.
+    """
     wanted = {"train": args.do_train, "validation": args.do_eval, "test": args.do_predict}
     splits = load_splits(
         data_args, [s for s, used in wanted.items() if used], cache_dir=model_args.cache_dir, token=model_args.token

@@ -4,7 +4,7 @@ A model and some batches become groups of units; groups and curvature become sco
 the plan, alone, makes the model smaller, now or later inside ``from_pretrained``:
 
     groups = find_groups(model, batch)              # attention heads, FFN neurons, convolution channels
-    scores = score_groups(model, groups, batches, config)
+    scores = score_in_passes(model, groups, batches, config)
     plan = make_plan(groups, scores, config)
     apply_plan_(model, plan)
 
@@ -21,6 +21,7 @@ from hap_hf.errors import (
     BatchError,
     ConfigError,
     CurvatureError,
+    DistributedError,
     HapError,
     PlanFormatError,
     PlanMismatchError,
@@ -31,7 +32,7 @@ from hap_hf.pipeline import prune
 from hap_hf.plan import GroupPlan, PruningPlan
 from hap_hf.report import ModelSize, PruningReport, measure_size
 from hap_hf.scores import Scores, score_groups
-from hap_hf.selection import make_plan
+from hap_hf.selection import make_plan, score_in_passes
 from hap_hf.surgery import (
     ImplantConv2d,
     ImplantLinear,
@@ -59,6 +60,7 @@ __all__ = [  # noqa: RUF022 (by stage, not by letter)
     # stages
     "find_groups",
     "score_groups",
+    "score_in_passes",
     "make_plan",
     "check_plan",
     "apply_plan_",
@@ -88,6 +90,7 @@ __all__ = [  # noqa: RUF022 (by stage, not by letter)
     "BatchError",
     "ConfigError",
     "CurvatureError",
+    "DistributedError",
     "HapError",
     "PlanFormatError",
     "PlanMismatchError",

@@ -16,6 +16,8 @@ class Method(StrEnum):
 
     HESSIAN = "hessian"
     """Relative Hessian trace by Hutchinson's estimator (Yu et al., WACV 2022)."""
+    HESSIAN_SPLIT = "hessian_split"
+    """The same trace as that of G (see ``ggn``) and Hutchinson's of H - G alone: less noise where that is small."""
     GGN = "ggn"
     """The same with the generalised Gauss-Newton matrix G for the Hessian: no cross terms, never negative."""
     GGN_QUADRATIC = "ggn_quadratic"
@@ -24,6 +26,8 @@ class Method(StrEnum):
     """The same as ``ggn`` with the squared gradients of the labels at hand."""
     TAYLOR = "taylor"
     """First-order change of the loss (Molchanov et al., CVPR 2019)."""
+    MASK_GGN = "mask_ggn"
+    """Curvature along a mask on what is read of the unit, by the generalised Gauss-Newton matrix."""
     MASK_FISHER = "mask_fisher"
     """Squared gradients of a mask on what is read of the unit (Kwon et al., NeurIPS 2022)."""
     MICHEL = "michel"
@@ -37,7 +41,7 @@ class Method(StrEnum):
 class Coupling(StrEnum):
     """How a trace and a squared norm are combined where a unit has slices of several tensors.
 
-    For the methods ``hessian``, ``ggn``, ``empirical_fisher`` and ``magnitude``; the others have no such choice.
+    For ``hessian``, ``hessian_split``, ``ggn``, ``empirical_fisher`` and ``magnitude``; others have no such choice.
     """
 
     JOINT = "joint"
@@ -57,6 +61,17 @@ class Precision(StrEnum):
     """bfloat16 autocast."""
     FP16 = "fp16"
     """float16 autocast with a constant loss scale (Chong et al., 2023, with the scale divided out again)."""
+
+
+class Hvp(StrEnum):
+    """How the products with the Hessian of ``hessian`` and ``hessian_split`` are computed."""
+
+    DOUBLE_BACKWARD = "double_backward"
+    """A backward pass through the gradient's graph: exact; attention must be eager or SDPA."""
+    FORWARD_OVER_REVERSE = "forward_over_reverse"
+    """The gradient in dual numbers: as exact and slower, without that graph; attention must be eager or SDPA."""
+    FINITE_DIFFERENCE = "finite_difference"
+    """Differences of gradients: approximate; any attention kernel, checkpointed activations."""
 
 
 class ImplantInit(StrEnum):
@@ -88,9 +103,17 @@ class HapConfig:
         exclude: Glob patterns; groups whose name, or one of whose tensors' names, matches stay whole.
         method: How sensitivities are estimated.
         coupling: How the slices of a unit are combined.
-        num_probes: Hutchinson probes per batch, at least 2 so that a standard error exists.
-        num_output_probes: Backward passes per batch of the ``ggn`` methods, each from random signs at the model's
-            outputs; None for as many as there are outputs, which is exact.
+        num_probes: Hutchinson probes per batch, at least 2 so that a standard error exists; the most of ``stop_share``.
+        stop_share: Draw 4, 8, 16 and so on probes per batch until less than this share of the units lies within two
+            standard errors of the threshold, in (0, 1); None for always ``num_probes``.
+        hvp: How products with the Hessian are computed.
+        num_output_probes: Backward passes per batch of the ``ggn`` methods and for that part of ``hessian_split``, each
+            from random signs at the model's outputs; None for as many as there are outputs, which is exact.
+        num_passes: Passes in which units are chosen. Each takes its part of the amount and silences it; the next one
+            scores what is left anew. None for 4 with ``mask_ggn`` and 1 with all others, as they were published.
+        per_cost: With ``target_params`` and ``target_macs``, rank units by sensitivity per parameter or
+            multiply-accumulate that they take. None for that with ``mask_ggn`` and not with all others, as they were
+            published.
         max_batches: Use at most this many batches; None for all.
         precision: Arithmetic while scoring.
         seed: Seed of probes and random scores.
@@ -112,10 +135,14 @@ class HapConfig:
     round_to: int = 1
     kinds: tuple[Kind, ...] = (Kind.HEADS, Kind.FFN, Kind.CHANNELS)
     exclude: tuple[str, ...] = ()
-    method: Method = Method.HESSIAN
+    method: Method = Method.MASK_GGN
     coupling: Coupling = Coupling.SUM
     num_probes: int = 8
+    stop_share: float | None = None
+    hvp: Hvp = Hvp.DOUBLE_BACKWARD
     num_output_probes: int | None = 1
+    num_passes: int | None = None
+    per_cost: bool | None = None
     max_batches: int | None = 8
     precision: Precision = Precision.FP32
     seed: int = 0
@@ -134,6 +161,7 @@ class HapConfig:
         self._set("exclude", tuple(_sequence("exclude", self.exclude)))
         self._set("method", _member(Method, "method", self.method))
         self._set("coupling", _member(Coupling, "coupling", self.coupling))
+        self._set("hvp", _member(Hvp, "hvp", self.hvp))
         self._set("precision", _member(Precision, "precision", self.precision))
         self._set("implant_init", _member(ImplantInit, "implant_init", self.implant_init))
         amounts = {
@@ -148,7 +176,7 @@ class HapConfig:
             )
         if self.prune_ratio is not None:
             _between("prune_ratio", self.prune_ratio, 0, 1, "[0, 1)", low_in=True)
-        for name in ("target_params", "target_macs"):
+        for name in ("target_params", "target_macs", "stop_share"):
             if getattr(self, name) is not None:
                 _between(name, getattr(self, name), 0, 1, "(0, 1)")
         _between("implant_ratio", self.implant_ratio, 0, 1, "[0, 1]", low_in=True, high_in=True)
@@ -156,12 +184,14 @@ class HapConfig:
         _between("implant_cost", self.implant_cost, 0, 1, "(0, 1)")
         _at_least("round_to", self.round_to, 1)
         _at_least("num_probes", self.num_probes, 2)
-        for name in ("num_output_probes", "max_batches"):
+        for name in ("num_output_probes", "num_passes", "max_batches"):
             if getattr(self, name) is not None:
                 _at_least(name, getattr(self, name), 1)
         _at_least("seed", self.seed, 0)
         if self.seed >= 2**63:
             raise ConfigError(f"seed must be below 2**63, the largest that torch.Generator takes, got {self.seed!r}")
+        if self.per_cost is not None and not isinstance(self.per_cost, bool):
+            raise ConfigError(f"per_cost must be True, False or None, got {self.per_cost!r}")
         for name in ("recalibrate", "progress"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be True or False, got {getattr(self, name)!r}")
@@ -170,6 +200,19 @@ class HapConfig:
 
     def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)  # frozen: the one moment at which a field may still change
+
+    @property
+    def passes(self) -> int:
+        """Number of passes in which units are chosen."""
+        return self.num_passes or (4 if self.method is Method.MASK_GGN else 1)
+
+    @property
+    def per(self) -> str | None:
+        """What sensitivities are divided by before units are compared: ``params``, ``macs`` or nothing."""
+        wanted = self.method is Method.MASK_GGN if self.per_cost is None else self.per_cost
+        if not wanted or self.prune_ratio is not None:
+            return None
+        return "params" if self.target_params is not None else "macs"
 
     def to_dict(self) -> dict[str, Any]:
         """Return the settings as plain JSON values."""

@@ -27,3 +27,7 @@ class BatchError(HapError, ValueError):
 
 class CurvatureError(HapError, RuntimeError):
     """A loss or a second derivative is not finite, or does not depend on the weights."""
+
+
+class DistributedError(HapError, RuntimeError):
+    """Processes that prune one model together disagree, or another of them failed."""

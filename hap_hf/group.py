@@ -212,6 +212,17 @@ class Group:
         """Multiply-accumulates per sample of the example batch that removing one unit saves."""
         return self.core_macs + sum(s.entries_per_unit * s.uses for s in self.slices)
 
+    def unit_cost(self, per: str | None) -> float:
+        """Return what one unit takes, by which its sensitivity is divided to compare it with others.
+
+        Args:
+            per: ``params``, ``macs``, or None for the same cost whatever it takes.
+
+        Returns:
+            Parameters or multiply-accumulates, at least 1.
+        """
+        return max(1.0, {None: 1.0, "params": float(self.params_per_unit), "macs": self.macs_per_unit}[per])
+
     def implant_shapes(self, implanted: int) -> dict[str, ImplantShape]:
         """Return the shape of the weights that an implant would replace in each producer.
 

@@ -17,18 +17,22 @@ from hap_hf.discovery import find_groups
 from hap_hf.errors import BatchError
 from hap_hf.losses import LossFunction
 from hap_hf.plan import IMPLANT
+from hap_hf.processes import ALONE, Processes
 from hap_hf.report import PruningReport, make_report, measure_size
-from hap_hf.scores import score_groups
-from hap_hf.selection import make_plan, select_groups
+from hap_hf.selection import make_plan, score_in_passes, select_groups
 from hap_hf.selection.rounds import Amounts, config_of_round
 from hap_hf.surgery import (
     apply_plan_,
     carry_optimizer_state_,
     collect_input_moments,
     recalibrate_batch_norms_,
+    undone_on_error,
 )
 
 logger = logging.getLogger(__name__)
+
+_NOT_IN_STEP = "load the same checkpoint in every process, and let nothing but the Trainer change its weights"
+_NOT_ALIKE = "start every process with the same script, settings and data, on machines of the same kind"
 
 
 @dataclass(frozen=True)
@@ -69,9 +73,8 @@ def prune(
 ) -> PruningReport:
     """Prune ``model`` in place: score its units on ``batches``, remove and implant the least sensitive ones.
 
-    Everything is checked before anything is changed: after an error the model is as it was. For a
-    ``PreTrainedModel`` the plan is recorded in its config, so that ``save_pretrained`` writes it and
-    ``from_pretrained`` rebuilds the structure.
+    After an error or Ctrl-C the model and the optimizer are as they were. For a ``PreTrainedModel`` the plan is
+    recorded in its config, so that ``save_pretrained`` writes it and ``from_pretrained`` rebuilds the structure.
 
     Args:
         model: A trained model, neither wrapped, compiled nor quantized.
@@ -102,8 +105,12 @@ def prune_round(
     *,
     loss_fn: LossFunction | None = None,
     optimizer: Optimizer | None = None,
+    processes: Processes = ALONE,
 ) -> RoundResult:
     """Do one round of several; see :func:`prune`.
+
+    Several processes with a copy of the model each prune it together: each is given its own share of the batches, and
+    all end with the same plan and the same weights, which is checked.
 
     Args:
         model: The model.
@@ -112,48 +119,68 @@ def prune_round(
         place: Which round this is.
         loss_fn: Loss of a model on a batch.
         optimizer: An optimizer of the model that shall go on.
+        processes: The processes that prune together; ``batches`` are the share of this one.
 
     Returns:
         The report, and what the next round needs to know.
-
-    Raises:
-        BatchError: If there are no batches.
     """
+    with undone_on_error(model, optimizer), processes.agreeing("pruning"):
+        return _whole_round(model, batches, config, place, loss_fn, optimizer, processes)
+
+
+def _whole_round(
+    model: nn.Module,
+    batches: Iterable[Mapping[str, Any]],
+    config: HapConfig,
+    place: Round,
+    loss_fn: LossFunction | None,
+    optimizer: Optimizer | None,
+    processes: Processes,
+) -> RoundResult:
     check_recordable(model)
     used = [as_mapping(model, batch) for batch in islice(batches, config.max_batches)]
-    if not used:
+    processes.check_same_tensors("weights before pruning", dict(model.named_parameters()), _NOT_IN_STEP)
+    example = processes.first("example", used[0] if used else None)
+    if example is None:
         raise BatchError("expected at least one batch to score on, got none; pass batches with labels")
     clock = Clock()
-    groups = find_groups(model, used[0])
+    groups = find_groups(model, example)
+    processes.check_same("groups", {g.name: g for g in groups}, _NOT_ALIKE)
     start = place.start or Amounts.of(select_groups(groups, config))
     now = config_of_round(config, place.number, place.total, start, Amounts.of(select_groups(groups, config)))
-    before = measure_size(model, used[0])
+    before = measure_size(model, example)
     clock.lap("discovery")
-    scores = score_groups(model, select_groups(groups, config), used, now, loss_fn=loss_fn)
+    scores = score_in_passes(model, groups, used, now, loss_fn=loss_fn, processes=processes)
     clock.lap("scoring")
     plan = make_plan(groups, scores, now)
     plan = replace(plan, provenance={**plan.provenance, **_place(place, start)})
+    processes.check_same("plan", {**plan.provenance, **{g.group.name: (g.actions, g.ranks) for g in plan}}, _NOT_ALIKE)
     clock.lap("selection")
     implanted = {t for g in plan if IMPLANT in g.actions for t in g.ranks}
     wanted = implanted if now.implant_init is ImplantInit.SVD else set()
-    moments = collect_input_moments(model, wanted, used) if wanted else {}
+    moments = collect_input_moments(model, wanted, used, processes=processes) if wanted else {}
     clock.lap("calibration")
     check_recordable(model, plan)
     changes = apply_plan_(model, plan, init=now.implant_init, input_moments=moments)
+    # The same decomposition may differ in its last bits from one machine to the next.
+    processes.adopt_first_("implants", [c.new for c in changes if c.old is None])
     if optimizer is not None:
         carry_optimizer_state_(optimizer, changes)
-    record_plan(model, plan)
     clock.lap("surgery")
     if now.recalibrate:
-        _recalibrate(model, used)
+        _recalibrate(model, used, processes)
         clock.lap("recalibration")
-    after = measure_size(model, used[0])
-    return RoundResult(make_report(plan, scores, before, after, clock.seconds), start)
+    after = measure_size(model, example)
+    report = make_report(plan, scores, before, after, clock.seconds)
+    processes.check_same_tensors("weights after pruning", dict(model.named_parameters()), _NOT_ALIKE)
+    record_plan(model, plan)  # comes last: with nothing behind it that could fail, it need not be undone
+    return RoundResult(report, start)
 
 
-def _recalibrate(model: nn.Module, batches: Sequence[Mapping[str, Any]]) -> None:
+def _recalibrate(model: nn.Module, batches: Sequence[Mapping[str, Any]], processes: Processes) -> None:
     try:
-        recalibrate_batch_norms_(model, batches)
+        with processes.agreeing("recalibration"):
+            recalibrate_batch_norms_(model, batches, processes=processes)
     except BatchError as error:
         # The model is right without; statistics of an unfit batch would be worse than the old ones.
         logger.warning("batch norms keep the statistics from before pruning: %s", error)

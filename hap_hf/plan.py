@@ -184,11 +184,15 @@ def _group_from_dict(data: object, where: str, most_units: int) -> GroupPlan:
     name = typed(entry.get("name"), str, f"{where}.name")
     if len(name) > 1000:
         raise PlanFormatError(f"{where}.name has {len(name)} characters, at most 1000 are allowed")
+    if not name.isprintable():  # it appears in messages, and must neither break nor colour a terminal
+        raise PlanFormatError(f"{where}.name must consist of printable characters, got {short(name)}")
     kind = member(entry.get("kind"), Kind, f"{where}.kind")
     slices = tuple(
         _slice_from_list(s, num_units, f"{where}.slices[{i}]")
         for i, s in enumerate(items(entry.get("slices"), f"{where}.slices", _MAX_SLICES))
     )
+    if not slices:  # nothing would bound the number of units
+        raise PlanFormatError(f"{where}.slices must name at least one tensor")
     counters = []
     for i, c in enumerate(items(entry.get("counters", []), f"{where}.counters", _MAX_SLICES)):
         attribute, width = fixed_items(c, 2, f"{where}.counters[{i}]")

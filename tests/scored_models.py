@@ -48,8 +48,8 @@ def net(seed: int = 0) -> Net:
 
 
 def config(**settings: Any) -> HapConfig:
-    """Return a config without a progress bar, for the formula with all weights of a unit as one vector."""
-    return HapConfig(**{"prune_ratio": 0.5, "progress": False, "coupling": "joint", **settings})
+    """Return a config without a progress bar, for HAP's formula with all weights of a unit as one vector."""
+    return HapConfig(**{"prune_ratio": 0.5, "method": "hessian", "progress": False, "coupling": "joint", **settings})
 
 
 def bert(kind: type = BertForSequenceClassification, attention: str = "sdpa", **changes: Any) -> nn.Module:

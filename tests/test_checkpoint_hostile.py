@@ -2,14 +2,24 @@
 
 import pytest
 import torch
-from checkpoints import edited, pruned
+from checkpoints import edited, pruned, single
+from plans import plan_of as removal
 from reference import logits
-from transformers import AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification
+from safetensors.torch import load_file
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    BertForSequenceClassification,
+)
+from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import BitsAndBytesConfig
 
-from hap_hf.checkpoint import plan_of
+from hap_hf.checkpoint import load_pruned_heads, plan_of, record_plan, save_pruned
+from hap_hf.discovery import find_groups
 from hap_hf.errors import ConfigError, PlanFormatError, PlanMismatchError
 from hap_hf.plan import FORMAT_VERSION
+from hap_hf.surgery import apply_plan_
 
 load = AutoModelForSequenceClassification.from_pretrained
 UP = "bert.encoder.layer.1.intermediate.dense"
@@ -92,6 +102,106 @@ def test_an_attribute_that_is_no_counter_of_a_module_is_refused(attribute, saved
 
     with pytest.raises(PlanMismatchError, match=rf"{attribute}: expected an integer attribute"):
         load(edited(saved, tmp_path / "model", config=count))
+
+
+def test_a_counter_that_falls_more_often_than_it_counts_is_refused(tmp_path):
+    model, _ = pruned("llama")
+    model.save_pretrained(tmp_path / "model")
+
+    def repeat(config):
+        group = group_in(config, "model.layers.0.mlp:ffn")
+        group["counters"] *= 40
+
+    with pytest.raises(PlanMismatchError, match=r"mlp.intermediate_size: expected .* of at least 80 .*, got 20"):
+        AutoModelForCausalLM.from_pretrained(edited(tmp_path / "model", tmp_path / "edited", config=repeat))
+
+
+def test_a_buffer_that_no_checkpoint_holds_is_not_cut(tmp_path):
+    model, _ = pruned("llama")
+    model.save_pretrained(tmp_path / "model")
+
+    def cut(config):
+        frequencies = ["model.rotary_emb.inv_freq", [3], 0, 0, 1, "aligned", 0]
+        group = {"name": "x", "kind": "ffn", "units": 3, "slices": [frequencies], "actions": "2kp"}
+        plan_in(config)["stages"][0].append(group)
+
+    with pytest.raises(PlanMismatchError, match=r"inv_freq: expected a weight that checkpoints hold"):
+        AutoModelForCausalLM.from_pretrained(edited(tmp_path / "model", tmp_path / "edited", config=cut))
+
+
+def test_sizes_that_no_weight_pays_for_cost_neither_time_nor_memory(saved, tmp_path):
+    huge = 10**9
+
+    def enlarge(config):
+        up, down = UP.replace("layer.1", "layer.0"), "bert.encoder.layer.0.output.dense"
+        config["intermediate_size"] = huge
+        slices = [
+            [f"{up}.weight", [huge, 24], 0, 0, 1, "producer", 0],
+            [f"{up}.bias", [huge], 0, 0, 1, "aligned", 0],
+            [f"{down}.weight", [24, huge], 1, 0, 1, "consumer", 0],
+        ]
+        group = {"name": "x", "kind": "ffn", "units": 2, "slices": slices, "actions": "kp"}
+        plan_in(config)["stages"] = [[group]]
+
+    with pytest.raises(PlanMismatchError, match=r"cuts tensors of 3000000000 rows and columns, and the checkpoint has"):
+        load(edited(saved, tmp_path / "model", config=enlarge))
+
+
+@pytest.fixture
+def pickled(saved, tmp_path, monkeypatch):
+    """Return a checkpoint whose weights are a pickle, which nobody may open."""
+
+    def opened(*args, **kwargs):
+        pytest.fail("a pickle was opened")
+
+    path = edited(saved, tmp_path / "model")
+    torch.save(load_file(path / "model.safetensors"), path / "pytorch_model.bin")
+    (path / "model.safetensors").unlink()
+    monkeypatch.setattr(torch, "load", opened)
+    return path
+
+
+def test_a_pickle_with_a_plan_is_refused_unopened(pickled):
+    with pytest.raises(PlanMismatchError, match=r"in safetensors, got 'pytorch_model.bin', which could run code"):
+        load(pickled)
+
+
+@pytest.mark.skipif(
+    not hasattr(HfQuantizer, "update_attn_implementation"),
+    reason="before that hook transformers looks for a dtype in the weights, with its restricted reader of pickles",
+)
+def test_a_pickle_is_not_opened_for_its_dtype(pickled, tmp_path):
+    path = edited(pickled, tmp_path / "without dtype", config=lambda c: c.pop("dtype"))
+    with pytest.raises(PlanMismatchError, match=r"in safetensors, got 'pytorch_model.bin'"):
+        load(path)
+
+
+def test_pickles_that_run_code_cannot_be_asked_for(pickled):
+    with pytest.raises(ConfigError, match=r"expected weights_only=True for a pruned model, got False"):
+        load(pickled, weights_only=False)
+
+
+def test_a_pickle_of_pruned_heads_is_refused_unopened(pickled, tmp_path):
+    def note(config):
+        del config["quantization_config"]
+        config["pruned_heads"] = {"0": [1]}
+
+    path = edited(pickled, tmp_path / "version 4", config=note)
+    with pytest.raises(OSError, match=r"no file named model.safetensors"):
+        load_pruned_heads(AutoModelForSequenceClassification, path)
+    with pytest.raises(ConfigError, match=r"expected use_safetensors=True, got False"):
+        load_pruned_heads(AutoModelForSequenceClassification, path, use_safetensors=False)
+
+
+@pytest.mark.parametrize("vanilla", [False, True])
+def test_no_pickle_is_saved(vanilla, tmp_path):
+    model, batch = single("bert")
+    ffn = [g for g in find_groups(model, batch) if g.kind == "ffn"]
+    plan = removal({g: [0, 1] for g in ffn})
+    apply_plan_(model, plan)
+    record_plan(model, plan)
+    save_pruned(model, tmp_path, vanilla=vanilla)
+    assert {f.suffix for f in tmp_path.iterdir()} == {".json", ".safetensors"}
 
 
 IGNORING = [{}, {"ignore_mismatched_sizes": True}]

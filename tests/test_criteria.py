@@ -14,10 +14,9 @@ from torch.func import functional_call
 from torch.nn import functional as F
 from transformers import BertForTokenClassification
 
-import hap_hf.scores
 from hap_hf.curvature import sample_means
 from hap_hf.group import Group, Kind, Role, Slice
-from hap_hf.scores import score_groups
+from hap_hf.scores import ScoringTask, score_groups
 
 
 @pytest.fixture(autouse=True)
@@ -170,16 +169,17 @@ def test_ggn_is_the_relative_trace_of_the_dense_matrix(case: str, coupling: str)
     assert scores.negative_share == 0
 
 
+@pytest.mark.parametrize(("method", "roles"), [("ggn_quadratic", MATRICES), ("mask_ggn", {Role.CONSUMER})])
 @pytest.mark.parametrize("case", CASES)
-def test_ggn_quadratic_is_the_form_in_the_units_weights(case: str) -> None:
+def test_quadratic_scores_are_the_form_in_the_units_weights(case: str, method: str, roles: set[Role]) -> None:
     model, groups, batch = CASES[case]()
     tensors = tensors_of(model, groups)
     matrix = ggn_of(model, tensors, batch)
-    scores = score_groups(model, groups, [batch], config(method="ggn_quadratic", num_output_probes=None))
+    scores = score_groups(model, groups, [batch], config(method=method, num_output_probes=None))
     for group in groups:
         truth = []
         for unit in range(group.num_units):
-            masks = unit_masks(group, unit, MATRICES)
+            masks = unit_masks(group, unit, roles)
             w = {
                 n: sum((tensors[n].detach() * m[n] for m in masks if n in m), torch.zeros(t.shape))
                 for n, t in tensors.items()
@@ -255,6 +255,24 @@ def test_mask_fisher_is_half_the_mean_square_of_the_gradients_of_a_mask(case: st
 
 
 @pytest.mark.parametrize("case", CASES)
+def test_mask_ggn_is_half_the_mean_square_of_a_masks_effect_on_the_models_own_losses(case: str) -> None:
+    """Fisher's form of the same matrix: labels drawn from the prediction, each counted by its probability."""
+    model, groups, batch = CASES[case]()
+    scores = score_groups(model, groups, [batch], config(method="mask_ggn", num_output_probes=None))
+    for group in groups:
+        truth = torch.zeros(group.num_units, dtype=torch.float64)
+        with masked(model, group) as mask:
+            for sample in samples(batch):
+                logits = model(**sample).logits.reshape(-1, 3 if case != "neurons" else 2)
+                counted = logits[sample["labels"].flatten() != -100].log_softmax(-1)
+                for row in counted:  # tokens are independent given the logits, so their squares add up
+                    for log_p in row:
+                        (g,) = torch.autograd.grad(log_p, mask, retain_graph=True)
+                        truth += log_p.exp().detach() * g.square() / terms(batch) / 2
+        torch.testing.assert_close(scores.sensitivity[group.name], truth, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("case", CASES)
 def test_michel_is_the_mean_absolute_gradient_of_a_mask_normalised_in_each_group(case: str) -> None:
     model, groups, batch = CASES[case]()
     scores = score_groups(model, groups, [batch], config(method="michel"))
@@ -266,7 +284,7 @@ def test_michel_is_the_mean_absolute_gradient_of_a_mask_normalised_in_each_group
 @pytest.mark.parametrize("coupling", ["joint", "sum", "filter"])
 def test_the_hessian_method_combines_slices_in_the_same_ways(coupling: str, monkeypatch: pytest.MonkeyPatch) -> None:
     matrix = hadamard(32)
-    monkeypatch.setattr(hap_hf.scores, "rademacher", lambda like, seed, batch, probe: split_like(matrix[probe], like))
+    monkeypatch.setattr(ScoringTask, "signs", lambda task, like, batch, probe: split_like(matrix[probe], like))
     model = net()
     tensors = tensors_of(model, [FFN])
     hessian = dense_hessian(lambda w: functional_call(model, w, kwargs=BATCH).loss, tensors)

@@ -20,7 +20,7 @@ MODULES = [m.name for m in pkgutil.walk_packages(hap_hf.__path__, "hap_hf.")]
 
 def test_the_quickstart_prunes_half_of_the_encoder_and_reloads(tmp_path, capsys):
     results = quickstart.main([
-        *("--output_dir", str(tmp_path), "--epochs", "2", "--recovery_epochs", "1", "--num_probes", "2"),
+        *("--output_dir", str(tmp_path), "--epochs", "2", "--recovery_epochs", "1"),
     ])
     dense, pruned = results["dense"], results["pruned"]
     assert 0.49 < pruned["encoder_params"] / dense["encoder_params"] < 0.51
@@ -63,3 +63,14 @@ def test_files_in_the_documents_exist():
         assert paths
         for path in paths:
             assert (ROOT / path).exists(), f"{document} names {path}"
+
+
+def test_every_test_that_the_readme_names_exists():
+    named = set(re.findall(r"`(test_\w+)`", README))
+    existing = {
+        name
+        for file in (ROOT / "tests").glob("test_*.py")
+        for name in re.findall(r"^def (test_\w+)", file.read_text(), re.M)
+    }
+    assert len(named) > 20
+    assert named <= existing, named - existing

@@ -13,7 +13,7 @@ PACKAGE = Path(hap_hf.__file__).parent
 LAYERS = [
     {"errors", "version", "cifar"},
     {"group"},
-    {"config", "untrusted"},
+    {"config", "untrusted", "processes"},
     {"plan", "curvature", "batches"},
     {"footprint"},
     {"surgery"},

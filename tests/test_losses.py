@@ -18,7 +18,7 @@ from hap_hf.scores import score_groups
 def _one_probe_for_all_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make the probes of all batches the same, so that estimates are exactly linear in the batches' Hessians."""
     monkeypatch.setattr(
-        hap_hf.scores, "rademacher", lambda tensors, seed, batch, probe: rademacher(tensors, seed, 0, probe)
+        hap_hf.scores.task, "rademacher", lambda tensors, seed, batch, probe: rademacher(tensors, seed, 0, probe)
     )
 
 

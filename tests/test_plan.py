@@ -167,6 +167,9 @@ HOSTILE = {
     "foreign digits": (changed(*GROUP, "actions", value="\u0666k"), "malformed at character 0"),
     "count without letter": (changed(*GROUP, "actions", value="6k3"), "malformed at character 2"),
     "ten million letters": (changed(*GROUP, "actions", value="k" * 10**7), "must describe exactly 6 units"),
+    "name that colours a terminal": (changed(*GROUP, "name", value="\x1b[31mred"), r"printable characters, got '\\x1b"),
+    "name that cannot be encoded": (changed(*GROUP, "name", value="\ud800"), r"printable characters, got '\\ud800'"),
+    "no slices": (changed(*GROUP, "slices", value=[]), "slices must name at least one tensor"),
     "slices no list": (changed(*GROUP, "slices", value=None), "slices must be a list"),
     "short slice": (changed(*SLICE, value=["a", [4]]), "must have 7 entries, got 2"),
     "slice no list": (changed(*SLICE, value={"tensor": "a"}), "must be a list, got dict"),
@@ -241,7 +244,8 @@ def test_a_missing_entry_is_refused(path):
 
 
 def test_a_small_file_cannot_ask_for_gigabytes_of_letters():
-    group = {"kind": "ffn", "units": 10**6, "slices": [], "actions": "1000000k"}
+    rows = ["up.weight", [10**6, 4], 0, 0, 1, "producer", 0]
+    group = {"kind": "ffn", "units": 10**6, "slices": [rows], "actions": "1000000k"}
     data = {"format": 1, "stages": [[{"name": f"g{i}", **group} for i in range(1000)]]}
     with pytest.raises(PlanFormatError, match=r"stages\[0\]\[67\].units must lie between 1 and 108864, got 1000000"):
         PruningPlan.from_dict(data)

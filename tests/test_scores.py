@@ -22,7 +22,7 @@ def exact(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     """Make the 20 weights of the net's neurons see Hadamard probes; return the setting that makes them exact."""
     matrix = hadamard(32)
     monkeypatch.setattr(
-        hap_hf.scores, "rademacher", lambda tensors, seed, batch, probe: split_like(matrix[probe], tensors)
+        hap_hf.scores.task, "rademacher", lambda tensors, seed, batch, probe: split_like(matrix[probe], tensors)
     )
     return {"num_probes": 32}
 
@@ -92,7 +92,7 @@ def test_only_the_weight_matrices_of_the_groups_are_probed(monkeypatch: pytest.M
         seen.append(set(tensors))
         return rademacher(tensors, *key)
 
-    monkeypatch.setattr(hap_hf.scores, "rademacher", watching)
+    monkeypatch.setattr(hap_hf.scores.task, "rademacher", watching)
     score_groups(net(), [FFN], [BATCH], config(num_probes=2))
     assert seen == [{"up.weight", "down.weight"}] * 2
 

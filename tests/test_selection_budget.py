@@ -96,11 +96,11 @@ def test_without_implants_the_result_is_the_largest_that_restoring_in_order_allo
     groups = [ffn_group("a", 10, hidden=1, bias=False), ffn_group("b", 10, hidden=3, bias=False)]
     # Costs of 2 and 6 a unit, 80 in all; 44 may stay. Cut in order: b0..b5 frees 36 and leaves exactly 44.
     scores = scores_of({groups[0]: range(10, 20), groups[1]: range(10)})
-    a, b = make_plan(groups, scores, HapConfig(target_params=0.55))
+    a, b = make_plan(groups, scores, HapConfig(per_cost=False, target_params=0.55))
     assert (a.actions, b.actions) == ("k" * 10, "p" * 6 + "k" * 4)
     # All but 1 of a go, and b0..b2: 8 * 2 + 18 = 34 are to go. In order a0..a7, b0..b2 would free 34 exactly.
     scores = scores_of({groups[0]: [0, 1, 2, 3, 4, 5, 6, 7, 30, 31], groups[1]: range(10, 20)})
-    a, b = make_plan(groups, scores, HapConfig(target_params=(80 - 33) / 80))
+    a, b = make_plan(groups, scores, HapConfig(per_cost=False, target_params=(80 - 33) / 80))
     # 33 are to go, so the last of b overshoots by 1, and no unit fits back.
     assert (a.actions, b.actions) == ("p" * 8 + "kk", "ppp" + "k" * 7)
 
@@ -135,7 +135,7 @@ def test_implants_are_kept_again_where_nothing_was_removed_that_could_come_back(
     heads, ffn = heads_group("a", 8, width=16, hidden=64), ffn_group("a", 100, hidden=64)
     # All neurons become implants before the first head does; a head is several per cent of the whole.
     scores = scores_of({heads: range(200, 208), ffn: range(100)})
-    config = HapConfig(target_params=0.826, implant_ratio=1.0, max_group_ratio=1.0)
+    config = HapConfig(per_cost=False, target_params=0.826, implant_ratio=1.0, max_group_ratio=1.0)
     plan = make_plan([heads, ffn], scores, config)
     assert 0.816 <= kept_share(plan, "target_params") <= 0.826
     assert [g.actions.count("i") > 0 for g in plan] == [True, True]
@@ -222,7 +222,7 @@ def test_macs_and_parameters_are_different_budgets():
 
 def test_the_threshold_is_the_sensitivity_at_the_cut():
     ffn = ffn_group("a", 200)
-    plan = make_plan([ffn], scores_of({ffn: range(200)}), HapConfig(target_params=0.5))
+    plan = make_plan([ffn], scores_of({ffn: range(200)}), HapConfig(per_cost=False, target_params=0.5))
     assert plan.provenance["threshold"] == pytest.approx(100.0, abs=0)
 
 
@@ -235,3 +235,34 @@ def test_fifty_thousand_units_take_seconds(settings):
     plan = make_plan(groups, scores, HapConfig(target_params=0.75, **settings))
     assert time.perf_counter() - start < 10
     assert 0.74 <= kept_share(plan, "target_params") <= 0.75
+
+
+@pytest.mark.parametrize(("setting", "per"), [("target_params", "params"), ("target_macs", "macs")])
+def test_units_may_compete_by_sensitivity_per_cost(setting: str, per: str) -> None:
+    """Every unit is as sensitive as it is large, but for one group that gives less for its size."""
+    groups = [heads_group("a", 12), ffn_group("a", 60), ffn_group("b", 60)]
+    cost = {g.name: g.params_per_unit if per == "params" else g.macs_per_unit for g in groups}
+    noise = random_scores(groups, 0)
+    scores = scores_of({
+        g: (cost[g.name] * (0.5 if g is groups[2] else 1) * (1 + noise.sensitivity[g.name] / 100)).tolist()
+        for g in groups
+    })
+    plain = make_plan(groups, scores, HapConfig(**{setting: 0.9}, per_cost=False, max_group_ratio=1))
+    dense = make_plan(groups, scores, HapConfig(**{setting: 0.9}, per_cost=True, max_group_ratio=1))
+    assert [bool(g.units("p")) for g in dense] == [False, False, True]
+    assert not any(g.units("p") for g in plain if g.group.kind == "heads")
+    assert plain.provenance["per"] is None
+    assert dense.provenance["per"] == per
+    # The threshold is that of the least sensitive unit that stays, in the same measure.
+    b = next(g for g in dense if g.group is groups[2])
+    kept = scores.sensitivity[groups[2].name][b.units("k")].min() / cost[groups[2].name]
+    assert dense.provenance["threshold"] == pytest.approx(kept.item())
+
+
+def test_by_default_only_the_mask_of_the_gauss_newton_matrix_competes_by_cost() -> None:
+    assert HapConfig(target_params=0.5).per == "params"
+    assert HapConfig(target_macs=0.5).per == "macs"
+    assert HapConfig(prune_ratio=0.5).per is None
+    assert HapConfig(target_macs=0.5, method="hessian").per is None
+    assert HapConfig(target_macs=0.5, method="hessian", per_cost=True).per == "macs"
+    assert HapConfig(target_macs=0.5, per_cost=False).per is None

@@ -7,64 +7,15 @@ import logging
 import pytest
 import torch
 import transformers as hf
-from cases import randomise_
 from torch import nn
-from transformers import Trainer, TrainingArguments
+from trainings import assert_same, config, make_trainer, samples, tiny_model
+from transformers import Trainer
 
-from hap_hf import ConfigError, HapConfig, HessianPruner, UnsupportedModelError, plan_of, prune
+from hap_hf import ConfigError, HessianPruner, UnsupportedModelError, plan_of, prune
 from hap_hf.errors import BatchError
 from hap_hf.trainer import scoring_batches, trainer_loss
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch_dtype.*:FutureWarning", "ignore:.*pin_memory.*:UserWarning")
-
-
-def tiny_model():
-    torch.manual_seed(0)
-    config = hf.BertConfig(
-        vocab_size=40,
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=24,
-        max_position_embeddings=16,
-        num_labels=2,
-    )
-    return randomise_(hf.BertForSequenceClassification(config))
-
-
-def samples(count=48):
-    generator = torch.Generator().manual_seed(3)
-    ids = torch.randint(1, 40, (count, 7), generator=generator)
-    return [{"input_ids": x, "attention_mask": torch.ones(7, dtype=torch.long), "labels": x.sum() % 2} for x in ids]
-
-
-def make_trainer(tmp_path, model, pruner, *, data=None, **settings):
-    arguments = {
-        "output_dir": str(tmp_path),
-        "num_train_epochs": 3,
-        "per_device_train_batch_size": 8,
-        "learning_rate": 1e-3,
-        "report_to": "none",
-        "save_strategy": "no",
-        "disable_tqdm": True,
-        "use_cpu": True,
-        "logging_steps": 1,
-        "seed": 1,
-    }
-    extra = {k: settings.pop(k) for k in ("compute_loss_func", "optimizers", "eval_dataset") if k in settings}
-    args = TrainingArguments(**{**arguments, **settings})
-    return Trainer(model, args, train_dataset=data or samples(), callbacks=[pruner] if pruner else [], **extra)
-
-
-def config(**changes):
-    amount = {} if {"target_params", "target_macs"} & set(changes) else {"prune_ratio": 0.4}
-    return HapConfig(**{**amount, "num_probes": 2, "max_batches": 2, "progress": False, **changes})
-
-
-def assert_same(a, b):
-    assert list(a.state_dict()) == list(b.state_dict())
-    for (name, x), y in zip(a.state_dict().items(), b.state_dict().values(), strict=True):
-        assert torch.equal(x, y), name
 
 
 def by_hand(trainer, model, settings, optimizer=None):
@@ -178,7 +129,7 @@ def save(trainer, tmp_path):
 
 
 def test_implants_come_in_the_last_round(tmp_path):
-    pruner = HessianPruner(config(target_params=0.5, implant_ratio=0.4), num_rounds=3)
+    pruner = HessianPruner(config(target_params=0.5, implant_ratio=0.4, per_cost=False), num_rounds=3)
     trainer = make_trainer(tmp_path, tiny_model(), pruner)
     trainer.train()
     implanted = [sum(g.implanted for g in r.groups) for r in pruner.reports]
@@ -201,7 +152,8 @@ class Spy:
 
 def test_scores_use_compute_loss_func(tmp_path):
     spy = Spy()
-    trainer = make_trainer(tmp_path, tiny_model(), HessianPruner(config()), compute_loss_func=spy, max_steps=1)
+    pruner = HessianPruner(config(method="hessian"))
+    trainer = make_trainer(tmp_path, tiny_model(), pruner, compute_loss_func=spy, max_steps=1)
     trainer.train()
     assert spy.calls == 2 + 1  # two scoring batches, one training step
 
@@ -209,7 +161,7 @@ def test_scores_use_compute_loss_func(tmp_path):
 def test_label_smoothing_changes_the_scores(tmp_path):
     sensitivities = []
     for factor in (0.0, 0.2):
-        pruner = HessianPruner(config(num_probes=4))
+        pruner = HessianPruner(config(method="taylor"))  # smoothing leaves the second derivatives as they are
         make_trainer(tmp_path, tiny_model(), pruner, label_smoothing_factor=factor, max_steps=1).train()
         sensitivities.append(pruner.reports[0].threshold)
     assert sensitivities[0] != sensitivities[1]
@@ -234,7 +186,7 @@ def test_given_batches_and_loss_are_used_instead_of_the_trainers(tmp_path):
         return model(**batch).loss
 
     batches = [{k: torch.stack([s[k] for s in samples()[:5]]) for k in samples()[0]}]
-    pruner = HessianPruner(config(), batches=batches, loss_fn=loss)
+    pruner = HessianPruner(config(method="hessian"), batches=batches, loss_fn=loss)
     make_trainer(tmp_path, tiny_model(), pruner, max_steps=1).train()
     assert calls == [5]
 
@@ -265,53 +217,6 @@ def test_checkpoints_saved_after_pruning_reload(tmp_path):
     assert hf.AutoModelForSequenceClassification.from_pretrained(tmp_path / "checkpoint-3").num_parameters() == (
         trainer.model.num_parameters()
     )
-
-
-def test_a_training_resumed_with_the_pruned_model_ends_with_the_same_weights(tmp_path):
-    def new(model):
-        return make_trainer(
-            tmp_path,
-            model,
-            HessianPruner(config(implant_ratio=0.5), step=2),
-            save_strategy="steps",
-            save_steps=3,
-            max_steps=6,
-        )
-
-    whole = new(tiny_model())
-    whole.train()
-    checkpoint = tmp_path / "checkpoint-3"
-    resumed = new(hf.AutoModelForSequenceClassification.from_pretrained(checkpoint))
-    resumed.train(resume_from_checkpoint=str(checkpoint))
-    assert_same(resumed.model, whole.model)
-
-
-def test_resuming_a_pruned_checkpoint_with_the_dense_model_is_refused(tmp_path):
-    settings = {"save_strategy": "steps", "save_steps": 3, "max_steps": 6}
-    make_trainer(tmp_path, tiny_model(), HessianPruner(config(), step=2), **settings).train()
-    dense = make_trainer(tmp_path, tiny_model(), HessianPruner(config(), step=2), **settings)
-    with pytest.raises(Exception, match=r"size mismatch|not pruned|load the model from the checkpoint"):
-        dense.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
-
-
-def test_a_best_checkpoint_from_before_pruning_does_not_stay_best(tmp_path):
-    pruner = HessianPruner(config(), step=3)
-    trainer = make_trainer(
-        tmp_path,
-        tiny_model(),
-        pruner,
-        save_strategy="steps",
-        save_steps=2,
-        eval_strategy="steps",
-        eval_steps=2,
-        load_best_model_at_end=True,
-        metric_for_best_model="loss",
-        max_steps=6,
-        eval_dataset=samples(16),
-    )
-    trainer.train()
-    assert trainer.state.best_model_checkpoint.endswith(("checkpoint-4", "checkpoint-6"))
-    assert trainer.model.num_parameters() < tiny_model().num_parameters()
 
 
 @pytest.mark.parametrize(

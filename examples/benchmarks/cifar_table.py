@@ -3,10 +3,10 @@ r"""Accuracy of an image classifier against size, criterion, implants and what f
 One dense model, trained with ``--epochs`` or taken from ``--weights`` or a checkpoint with ``--epochs 0``, is pruned to
 every size given with ``--keep`` (shares of the prunable parameters that stay) by every method, by removal alone and
 with a share of the cut units implanted at the same number of remaining parameters. Each time its accuracy is taken
-right after the cut, once more with batch norm statistics estimated anew, and after ``--finetune_epochs``. A method
-scores once a seed; all sizes share its scores. All flags of ``run_cifar_hap.py`` but amounts and method are accepted
-here. Rows are written to ``WORK_DIR/rows.jsonl`` as they are done: what was interrupted goes on where it stopped, and a
-row is made anew only if its flags changed.
+right after the cut, once more with batch norm statistics estimated anew, and after ``--finetune_epochs``. A method of
+one pass scores once a seed, and all sizes share its scores. All flags of ``run_cifar_hap.py`` but amounts and method
+are accepted here. Rows are written to ``WORK_DIR/rows.jsonl`` as they are done: what was interrupted goes on where it
+stopped, and a row is made anew only if its flags changed.
 
     python examples/benchmarks/cifar_table.py --work_dir runs/table-resnet20 --model cifar_resnet20 \
         --weights resnet20.safetensors --dataset cifar10 --epochs 0 --augment --finetune_epochs 2 --seeds 0 1 2
@@ -42,11 +42,10 @@ from hap_hf import (
     make_plan,
     measure_size,
     recalibrate_batch_norms_,
-    score_groups,
+    score_in_passes,
 )
 from hap_hf.config import ImplantInit
 from hap_hf.report import make_report
-from hap_hf.selection import select_groups
 from hap_hf.surgery import collect_input_moments
 from hap_hf.trainer.scoring import scoring_batches
 
@@ -178,7 +177,7 @@ def prune_in_each_way(
     settings: Settings,
     wanted: Sequence[Row],
 ) -> Iterator[tuple[Row, Row]]:
-    """Prune copies of a model by one method with one seed, which scores once.
+    """Prune copies of a model by one method with one seed.
 
     Args:
         dense: The model; left as it is.
@@ -194,7 +193,7 @@ def prune_in_each_way(
     loader = scoring_batches(material.images["train"], material.preprocessing, settings.training.batch_size, config)
     batches = list(loader)
     before = measure_size(dense, material.batch(1))
-    scores = score_groups(dense, select_groups(groups, config), batches, config)
+    scores = None
     args = dataclasses.replace(
         _arguments(settings, settings.training.output_dir),
         seed=config.seed,
@@ -204,6 +203,8 @@ def prune_in_each_way(
     for about in wanted:
         model = copy.deepcopy(dense)
         now = dataclasses.replace(config, target_params=about["keep"], implant_ratio=about["implant_ratio"])
+        if scores is None or now.passes > 1:  # a single pass is the same for all amounts
+            scores = score_in_passes(dense, groups, batches, now)
         plan = make_plan(groups, scores, now)
         _cut(model, plan, now.implant_init, batches)
         report = make_report(plan, scores, before, measure_size(model, material.batch(1)), {})

@@ -37,7 +37,8 @@ def load_pruned_heads(auto_class: Any, checkpoint: Any, **from_pretrained_kwargs
 
     The result carries its plan: saved again, it is an ordinary checkpoint of hap_hf. To find out which rows belong to
     which head, a dense model of the config is built once with random float32 weights and dropped before the weights are
-    read; so much memory is needed. Nothing but ``checkpoint`` is read.
+    read; so much memory is needed. Nothing but ``checkpoint`` is read, and of it no pickle: weights in
+    ``pytorch_model.bin`` are to be saved as ``model.safetensors`` first.
 
     Args:
         auto_class: The class to load with, ``AutoModelForSequenceClassification`` or a model's own.
@@ -48,12 +49,15 @@ def load_pruned_heads(auto_class: Any, checkpoint: Any, **from_pretrained_kwargs
         The model.
 
     Raises:
-        ConfigError: If the checkpoint has no pruned heads, or also a ``quantization_config``.
+        ConfigError: If the checkpoint has no pruned heads, or also a ``quantization_config``, or if
+            ``use_safetensors=False``.
         PlanFormatError: If ``pruned_heads`` is malformed.
         PlanMismatchError: If it names layers or heads that the model does not have, or others than the weights lack.
         UnsupportedModelError: If the model's heads cannot be told apart layer by layer.
     """
-    config, model_kwargs = _read_config(auto_class, checkpoint, from_pretrained_kwargs)
+    if from_pretrained_kwargs.get("use_safetensors") is False:
+        raise ConfigError("expected use_safetensors=True, got False; save the weights as safetensors first")
+    config, model_kwargs = _read_config(auto_class, checkpoint, {**from_pretrained_kwargs, "use_safetensors": True})
     pruned = _check(getattr(config, "pruned_heads", None))
     if not pruned:
         raise ConfigError(

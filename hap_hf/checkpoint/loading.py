@@ -20,6 +20,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from hap_hf.checkpoint.files import check_files, check_sizes
 from hap_hf.errors import ConfigError, PlanFormatError, PlanMismatchError
 from hap_hf.plan import GroupPlan, PruningPlan
 from hap_hf.surgery import apply_plan_
@@ -108,13 +109,43 @@ class HapQuantizer(HfQuantizer):
         """True: a pruned model is trained like any other."""
         return True
 
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        """Check the arguments of ``from_pretrained`` that transformers passes on.
+
+        Args:
+            *args: None so far.
+            **kwargs: ``weights_only`` among others.
+
+        Raises:
+            ConfigError: If pickles that run code are allowed.
+        """
+        if kwargs.get("weights_only") is False:
+            raise ConfigError("expected weights_only=True for a pruned model, got False; it is read from safetensors")
+
+    def update_attn_implementation(self, config: Any) -> Any:
+        """Name a dtype where the config has none: transformers would look for one in weights that may be a pickle.
+
+        Args:
+            config: The model's config.
+
+        Returns:
+            The config.
+        """
+        if getattr(config, "dtype", None) is None:
+            config.dtype = torch.get_default_dtype()
+        return config
+
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        files = [str(file) for file in kwargs.get("checkpoint_files") or ()]
+        check_files(files)
         self.plan = _fit_to_class(self.plan, model)
+        check_sizes(self.plan, files)
         with torch.device("cpu"):  # transformers makes meta the default here, and indices must have values
             apply_plan_(model, self.plan)
         self._shapes = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
         self._cut = {_owner(s.tensor) for g in self.plan for s in g.group.slices}
-        self._refuse(self._stored_otherwise(kwargs.get("checkpoint_files") or (), f"{model.base_model_prefix}."))
+        self._refuse(self._not_stored())
+        self._refuse(self._stored_otherwise(files, f"{model.base_model_prefix}."))
         return model
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
@@ -138,9 +169,14 @@ class HapQuantizer(HfQuantizer):
                 + "\n  ".join(listed)
             )
 
+    def _not_stored(self) -> Iterator[str]:
+        """Yield a sentence for each cut tensor that no checkpoint holds, so that nothing could fill what is left."""
+        for name in sorted({s.tensor for g in self.plan for s in g.group.slices} - self._shapes.keys()):
+            yield f"{name}: expected a weight that checkpoints hold, got a buffer that they do not"
+
     def _stored_otherwise(self, files: Iterable[str], prefix: str) -> Iterator[str]:
         """Yield a sentence for each cut tensor that a file lists in another shape, if under the model's name for it."""
-        for file in (f for f in files if str(f).endswith(".safetensors")):
+        for file in files:
             with safe_open(file, framework="pt") as stored:
                 for key in list(stored.keys()):
                     for name in {key, key.removeprefix(prefix), prefix + key} & self._shapes.keys():

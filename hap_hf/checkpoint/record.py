@@ -32,7 +32,7 @@ def record_plan(model: nn.Module, plan: PruningPlan) -> None:
     if not isinstance(model, PreTrainedModel):
         return
     composed = _compose(model, plan)
-    _check_described(model, composed)
+    check_described(model, composed)
     model.config.quantization_config = HapPlanConfig(composed).to_dict()
 
 
@@ -51,7 +51,7 @@ def check_recordable(model: nn.Module, plan: PruningPlan | None = None) -> None:
     _compose(model, plan or PruningPlan(()))
     before = plan_of(model)
     if before is not None:
-        _check_described(model, before)
+        check_described(model, before)
 
 
 def plan_of(model: nn.Module) -> PruningPlan | None:
@@ -137,7 +137,7 @@ def _compose(model: nn.Module, plan: PruningPlan) -> PruningPlan:
     return PruningPlan.from_dict(composed.to_dict())  # what could not be read back must not be written
 
 
-def _check_described(model: nn.Module, plan: PruningPlan) -> None:
+def check_described(model: nn.Module, plan: PruningPlan) -> None:
     """Check that every tensor has the shape that ``plan`` leaves it with.
 
     Args:

@@ -1,15 +1,24 @@
 """How much each weight matters to the loss: derivatives of any torch model. Knows no groups and no families."""
 
+from hap_hf.curvature.finite_difference import FiniteDifference
+from hap_hf.curvature.forward_over_reverse import ForwardOverReverse
 from hap_hf.curvature.ggn import estimate_fisher, estimate_ggn
-from hap_hf.curvature.hutchinson import TraceEstimate, estimate_traces
+from hap_hf.curvature.hutchinson import CurvatureOf, DoubleBackward, TraceEstimate, estimate_traces
 from hap_hf.curvature.hvp import accumulation_dtype, differentiable_gradient, hvp
 from hap_hf.curvature.layer_watch import Marginals, Wanted
 from hap_hf.curvature.marginals import Statistic, squared, times_weights
 from hap_hf.curvature.probes import ProbeSource, rademacher, seeded_generator
+from hap_hf.curvature.remainder import LinearisedLosses, Losses
 from hap_hf.curvature.sample_means import ReduceSamples, SampleBatch, SampleEstimate
-from hap_hf.curvature.state import preserved
+from hap_hf.curvature.state import preserved, renew_caches
 
 __all__ = [
+    "CurvatureOf",
+    "DoubleBackward",
+    "FiniteDifference",
+    "ForwardOverReverse",
+    "LinearisedLosses",
+    "Losses",
     "Marginals",
     "ProbeSource",
     "ReduceSamples",
@@ -26,6 +35,7 @@ __all__ = [
     "hvp",
     "preserved",
     "rademacher",
+    "renew_caches",
     "seeded_generator",
     "squared",
     "times_weights",

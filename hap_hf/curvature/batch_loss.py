@@ -1,6 +1,7 @@
 """What the loss of a batch must be before it is differentiated, and batches there must be."""
 
 import math
+from collections.abc import Callable, Mapping
 
 from torch import Tensor
 
@@ -35,6 +36,22 @@ def checked_loss(loss: object, batch: int) -> Tensor:
             "detached, or computed under torch.no_grad()?"
         )
     return loss
+
+
+Total = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
+"""Maps sums over some batches, by name, to the sums over all batches, of which others may hold the rest."""
+
+
+def of_all_batches(own: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Return the sums as they are: there are no other batches.
+
+    Args:
+        own: Sums by name.
+
+    Returns:
+        The same.
+    """
+    return own
 
 
 def check_counts(num_batches: int, num_terms: int) -> None:

@@ -6,6 +6,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from hap_hf.curvature.batch_loss import Total, of_all_batches
 from hap_hf.curvature.layer_watch import Wanted
 from hap_hf.curvature.layers import NotPerSampleError
 from hap_hf.curvature.sample_means import Direction, Forward, ReduceSamples, SampleBatch, SampleEstimate, SampleMeans
@@ -27,6 +28,7 @@ def estimate_ggn(
     num_probes: int | None = 1,
     loss_scale: float = 1.0,
     on_batch: Callable[[], object] = lambda: None,
+    total: Total = of_all_batches,
 ) -> SampleEstimate:
     r"""Return a mean over gradients whose second moment is the generalised Gauss-Newton matrix (GGN).
 
@@ -67,6 +69,7 @@ def estimate_ggn(
         loss_scale: Scale of the gradients at first, a power of two above 1 for float16, and divided out again. If
             a result overflows, the scale is lowered for good and the same backward pass repeated.
         on_batch: Called after every batch.
+        total: Makes sums over all batches out of those over ``batches``.
 
     Returns:
         The mean.
@@ -77,7 +80,7 @@ def estimate_ggn(
         UnsupportedModelError: If the loss is not computed from the model's outputs, or its Hessian is of unknown kind.
     """
     directions = partial(_signed, signs, num_probes) if num_probes else _columns
-    return SampleMeans(model, wanted, reduce, directions, loss_scale).over(batches, on_batch)
+    return SampleMeans(model, wanted, reduce, directions, loss_scale).over(batches, on_batch, total)
 
 
 def estimate_fisher(
@@ -88,6 +91,7 @@ def estimate_fisher(
     *,
     loss_scale: float = 1.0,
     on_batch: Callable[[], object] = lambda: None,
+    total: Total = of_all_batches,
 ) -> SampleEstimate:
     """Return a mean over the samples' own gradients, those of the sums of their loss terms.
 
@@ -104,6 +108,7 @@ def estimate_fisher(
         reduce: Makes of that a number for each sample and block.
         loss_scale: Scale of the gradients at first.
         on_batch: Called after every batch.
+        total: Makes sums over all batches out of those over ``batches``.
 
     Returns:
         The mean.
@@ -112,7 +117,7 @@ def estimate_fisher(
         BatchError: If there are no batches, or no loss terms in them.
         CurvatureError: If a loss or a gradient is not finite, or the loss does not depend on the weights.
     """
-    return SampleMeans(model, wanted, reduce, _loss_gradient, loss_scale).over(batches, on_batch)
+    return SampleMeans(model, wanted, reduce, _loss_gradient, loss_scale).over(batches, on_batch, total)
 
 
 def _loss_gradient(forward: Forward) -> Iterator[Direction]:

@@ -10,7 +10,38 @@ from hap_hf.errors import CurvatureError
 
 # What autograd says of a backward pass without a derivative: fused kernels, compiled modules, custom operators.
 _NOT_TWICE = ("is not implemented", "double backward", "no autograd formula")
-_ADVICE = "load the model with attn_implementation='sdpa' or 'eager', and compile it after scoring"
+_ADVICE = (
+    "load the model with attn_implementation='sdpa' or 'eager', and compile it after scoring; or set "
+    "hvp='finite_difference'"
+)
+
+
+def plain_gradient(
+    loss: Tensor, tensors: Mapping[str, Tensor], scale: float = 1.0, *, create_graph: bool = False
+) -> dict[str, Tensor]:
+    """Return the gradient of ``scale * loss``.
+
+    Args:
+        loss: Scalar loss with its graph.
+        tensors: What to differentiate with respect to, by name.
+        scale: Constant loss scale, so that float16 gradients do not vanish.
+        create_graph: Whether to keep the graph of the loss and make one of the gradient.
+
+    Returns:
+        Scaled gradients by name, in the dtype of the tensors, without the tensors that the loss does not use.
+
+    Raises:
+        CurvatureError: If the loss uses none of the tensors.
+    """
+    scaled = loss.to(accumulation_dtype(loss.dtype)) * scale
+    # grad() and not backward(create_graph=True): nothing is stored in .grad, so there is no reference cycle
+    found = torch.autograd.grad(scaled, list(tensors.values()), create_graph=create_graph, allow_unused=True)
+    gradient = {name: g for name, g in zip(tensors, found, strict=True) if g is not None}
+    if not gradient:
+        raise CurvatureError(
+            f"expected a loss that depends on the scored weights, got one that uses none of {listed(list(tensors))}"
+        )
+    return gradient
 
 
 def differentiable_gradient(loss: Tensor, tensors: Mapping[str, Tensor], scale: float = 1.0) -> dict[str, Tensor]:
@@ -27,14 +58,7 @@ def differentiable_gradient(loss: Tensor, tensors: Mapping[str, Tensor], scale: 
     Raises:
         CurvatureError: If the loss uses none of the tensors, or a part of the model has no second derivative.
     """
-    scaled = loss.to(accumulation_dtype(loss.dtype)) * scale
-    # grad() and not backward(create_graph=True): nothing is stored in .grad, so there is no reference cycle
-    found = torch.autograd.grad(scaled, list(tensors.values()), create_graph=True, allow_unused=True)
-    gradient = {name: g for name, g in zip(tensors, found, strict=True) if g is not None}
-    if not gradient:
-        raise CurvatureError(
-            f"expected a loss that depends on the scored weights, got one that uses none of {listed(list(tensors))}"
-        )
+    gradient = plain_gradient(loss, tensors, scale, create_graph=True)
     if not _twice_differentiable(gradient.values()):
         raise CurvatureError(f"a custom autograd function in the model is differentiable only once; {_ADVICE}")
     return gradient

@@ -161,7 +161,7 @@ class MatrixCall:
         rows = self.num_rows // num_samples
         chosen = slice(samples.start * rows, samples.stop * rows)
         dtype = accumulation_dtype(self.weight.dtype)
-        x, grad = self.x[chosen].to(dtype), grad[chosen].to(dtype)
+        x, grad = self.x[chosen].to(grad.device, dtype), grad[chosen].to(dtype)
         count = samples.stop - samples.start
         if not isinstance(self.module, nn.Conv2d):
             return x.reshape(count, 1, -1, x.shape[-1]), grad.reshape(count, 1, -1, grad.shape[-1])

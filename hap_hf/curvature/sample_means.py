@@ -9,7 +9,7 @@ from itertools import islice
 import torch
 from torch import Tensor, nn
 
-from hap_hf.curvature.batch_loss import check_counts, checked_loss
+from hap_hf.curvature.batch_loss import Total, check_counts, checked_loss
 from hap_hf.curvature.hvp import accumulation_dtype, listed
 from hap_hf.curvature.layer_watch import LayerWatch, Marginals, Wanted
 from hap_hf.curvature.layers import NotPerSampleError
@@ -136,31 +136,36 @@ class SampleMeans:
         self.degree = 2 if wanted.statistic is squared else 1
         self.watchable: bool | None = None  # whether the layers tell the samples apart; None until that was checked
 
-    def over(self, batches: Iterable[SampleBatch], on_batch: Callable[[], object]) -> SampleEstimate:
+    def over(self, batches: Iterable[SampleBatch], on_batch: Callable[[], object], total: Total) -> SampleEstimate:
         """Return the mean; see :func:`~hap_hf.curvature.ggn.estimate_ggn`.
 
         Args:
             batches: The batches.
             on_batch: Called after every batch.
+            total: Makes sums over all batches out of those over ``batches``.
 
         Returns:
             The mean with its standard error.
         """
         seen = num_batches = num_terms = num_samples = 0
-        total = squares = torch.zeros((), dtype=torch.float64, device="cpu")
+        sums: dict[str, Tensor] = {}
         for index, batch in enumerate(batches):
             seen += 1
             if batch.num_terms:
                 values = self._values(batch, index).cpu().double()  # [samples, num_blocks]
-                total, squares = total + values.sum(0), squares + values.square().sum(0)
+                sums["values"] = sums.get("values", 0) + values.sum(0)
+                sums["squares"] = sums.get("squares", 0) + values.square().sum(0)
                 num_batches += 1
                 num_terms += batch.num_terms
                 num_samples += len(values)
             on_batch()
+        whole = total({**sums, "counts": torch.tensor([seen, num_batches, num_terms, num_samples], device="cpu")})
+        seen, num_batches, num_terms, num_samples = whole["counts"].tolist()
         check_counts(seen, num_terms)
-        spread = (squares - total.square() / num_samples).clamp_min(0) * num_samples / max(num_samples - 1, 1)
-        error = spread.sqrt() if num_samples > 1 else torch.full_like(total, torch.inf)
-        return SampleEstimate(total / num_terms, error / num_terms, num_batches, num_terms, num_samples)
+        summed, squares = whole["values"], whole["squares"]
+        spread = (squares - summed.square() / num_samples).clamp_min(0) * num_samples / max(num_samples - 1, 1)
+        error = spread.sqrt() if num_samples > 1 else torch.full_like(summed, torch.inf)
+        return SampleEstimate(summed / num_terms, error / num_terms, num_batches, num_terms, num_samples)
 
     def _values(self, batch: SampleBatch, index: int) -> Tensor:
         if self.watchable is not False:

@@ -1,7 +1,7 @@
 """Leaving a model exactly as it was found."""
 
 from collections.abc import Generator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -12,18 +12,21 @@ _CHECKPOINTING = ("gradient_checkpointing", "grad_checkpointing")
 
 
 @contextmanager
-def preserved(model: nn.Module, tensors: Mapping[str, Tensor] | None = None) -> Generator[None, None, None]:
+def preserved(
+    model: nn.Module, tensors: Mapping[str, Tensor] | None = None, *, twice: bool = True
+) -> Generator[None, None, None]:
     """Make ``model`` ready for derivatives, and put everything back however the block ends.
 
-    Inside, the model is in eval mode, only ``tensors`` require gradients, no gradient is stored, activations are not
-    checkpointed (reentrant checkpoints hide weights from ``torch.autograd.grad``) and attention runs on the math
-    kernel, the only one that can be differentiated twice. Afterwards training flags, ``requires_grad``, ``.grad``,
-    buffers, checkpointing flags and torch's global random states are those from before, also after an exception or
-    Ctrl-C.
+    Inside, the model is in eval mode, only ``tensors`` require gradients and no gradient is stored. To be
+    differentiated twice, activations are not checkpointed (reentrant checkpoints hide weights from
+    ``torch.autograd.grad``) and attention runs on the math kernel, the only one that can be; with ``twice=False`` these
+    two stay as they are. Afterwards training flags, ``requires_grad``, ``.grad``, buffers, checkpointing flags and
+    torch's global random states are those from before, also after an exception or Ctrl-C.
 
     Args:
         model: Any model.
         tensors: Parameters to differentiate with respect to, by name; none by default.
+        twice: Whether what happens inside is differentiated twice.
 
     Yields:
         Nothing.
@@ -31,7 +34,7 @@ def preserved(model: nn.Module, tensors: Mapping[str, Tensor] | None = None) -> 
     modules = list(model.modules())
     parameters = list(model.parameters())
     training = [m.training for m in modules]
-    checkpointing = [(m, a) for m in modules for a in _CHECKPOINTING if getattr(m, a, False) is True]
+    checkpointing = [(m, a) for m in modules for a in _CHECKPOINTING if twice and getattr(m, a, False) is True]
     buffers = [dict(m._buffers) for m in modules]
     values = {id(b): b.detach().clone() for own in buffers for b in own.values() if b is not None}
     gradients = [(p.requires_grad, p.grad) for p in parameters]
@@ -45,7 +48,7 @@ def preserved(model: nn.Module, tensors: Mapping[str, Tensor] | None = None) -> 
         for p in parameters:
             p.requires_grad_(id(p) in wanted)
             p.grad = None  # a loss that calls backward() must not add to the gradients found
-        with torch.random.fork_rng(devices), sdpa_kernel(SDPBackend.MATH):
+        with torch.random.fork_rng(devices), sdpa_kernel(SDPBackend.MATH) if twice else nullcontext():
             yield
     finally:
         renew_caches(model)

@@ -118,8 +118,16 @@ def check_bare(model: nn.Module) -> None:
     for path, tensor in tensors.items():
         if not tensor.is_floating_point():
             raise UnsupportedModelError(f"{path} holds {tensor.dtype}: prune in floating point first, then quantize")
+        if hasattr(tensor, "device_mesh"):
+            raise UnsupportedModelError(
+                f"{path} is a {type(tensor).__name__}, of which each process holds a part; prune the whole model, "
+                "then load the result in parts"
+            )
         if tensor.is_meta:
-            raise UnsupportedModelError(f"{path} is on the meta device and has no values; load the weights first")
+            raise UnsupportedModelError(
+                f"{path} is on the meta device and has no values; load the weights first, with a device_map that "
+                "offloads none of them to the CPU or to disk"
+            )
 
 
 def _macs_outside_projections(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, float]:

@@ -180,8 +180,8 @@ def _neutral(model: nn.Module, recording: Recording, dtype: torch.dtype) -> Gene
     overridden = {name: module.__dict__.get("forward") for name, module in recording.projections.items()}
     try:
         for name, module in recording.projections.items():
-            twin = _on_meta(module)
-            module.forward = _leaf_in_place_of_output(recording, name, twin, generator)
+            twin, device = _on_meta(module), next(module.parameters()).device
+            module.forward = _leaf_in_place_of_output(recording, name, twin, device, generator)
         for p in parameters:
             if id(p) in cut:  # never multiplied with, so it need not take memory in another dtype
                 p.data = torch.full((), 0.01, dtype=dtype, device=p.device).expand(p.shape)
@@ -214,16 +214,19 @@ def _on_meta(module: nn.Module) -> nn.Module:
     for hooks in (module._forward_hooks, module._forward_pre_hooks):
         memo[id(hooks)] = {}
     twin: nn.Module = copy.deepcopy(module, memo)
+    twin.__dict__.pop("forward", None)  # accelerate's, for models on several devices, would move inputs to one
     return twin.to(torch.float32)
 
 
-def _leaf_in_place_of_output(recording: Recording, name: str, twin: nn.Module, generator: torch.Generator) -> Any:
+def _leaf_in_place_of_output(
+    recording: Recording, name: str, twin: nn.Module, device: torch.device, generator: torch.Generator
+) -> Any:
     def forward(*args: Any, **kwargs: Any) -> Tensor:
         x = next(iter([*args, *kwargs.values()]))
         shape = twin(torch.empty_like(x, device="meta", dtype=torch.float32)).shape
         # Positive noise: below zero a ReLU would hide a dependence, far above it a bounded activation would.
         noise = torch.rand(shape, generator=generator).mul_(0.9).add_(0.1)
-        leaf = noise.to(x.device, x.dtype).requires_grad_()
+        leaf = noise.to(device, x.dtype).requires_grad_()
         recording.inputs[name].append(x)
         recording.leaves[name].append(leaf)
         return leaf.clone()  # an in-place activation may write to the clone

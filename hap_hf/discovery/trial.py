@@ -25,7 +25,8 @@ from hap_hf.errors import PlanMismatchError, UnsupportedModelError
 from hap_hf.group import Group, Role
 from hap_hf.plan import KEEP, PRUNE, GroupPlan, PruningPlan
 from hap_hf.surgery.apply import apply_plan_undoable_, undo_
-from hap_hf.surgery.projection import channel_dim, on_input
+from hap_hf.surgery.masking import channels, masked
+from hap_hf.surgery.projection import channel_dim
 
 logger = logging.getLogger(__name__)
 
@@ -95,7 +96,7 @@ class Trial:
     def _equal(self, cut: Sequence[tuple[Candidate, list[int]]]) -> bool:
         plan = PruningPlan((tuple(_plan(c.group, units) for c, units in cut),))
         watched = [n for c, _ in cut for n in c.consumers]
-        masked = self._run(watched, [(c.group, units) for c, units in cut])
+        expected = self._run(watched, [(c.group, units) for c, units in cut])
         try:
             _, undo = apply_plan_undoable_(self._model, plan, init=ImplantInit.ZERO, input_moments={})
         except PlanMismatchError as error:
@@ -108,12 +109,12 @@ class Trial:
             return False
         finally:
             undo_(undo)
-        return len(masked) == len(pruned) and all(map(_close, masked, pruned))
+        return len(expected) == len(pruned) and all(map(_close, expected, pruned))
 
     def _run(self, watched: Sequence[str], mask: Sequence[tuple[Group, list[int]]]) -> list[Tensor]:
         renew_caches(self._model)  # filled with other sizes, before or by the last run
         seen: list[Tensor] = []
-        made = _channels(mask, {Role.PRODUCER, Role.FACTOR})
+        made = channels(mask, {Role.PRODUCER, Role.FACTOR})
 
         def watch(name: str) -> Callable[..., None]:
             def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
@@ -126,35 +127,13 @@ class Trial:
             return hook
 
         handles = [self._model.get_submodule(n).register_forward_hook(watch(n)) for n in watched]
-        handles += [
-            on_input(m := self._model.get_submodule(name), _zeroing(indices, channel_dim(m)))
-            for name, indices in _channels(mask, {Role.CONSUMER}).items()
-        ]
         try:
-            seen += output_tensors(call(self._model, self._batch))
+            with masked(self._model, mask):
+                seen += output_tensors(call(self._model, self._batch))
         finally:
             for handle in handles:
                 handle.remove()
         return [t for t in seen if t.is_floating_point()]
-
-
-def _channels(mask: Sequence[tuple[Group, list[int]]], roles: set[Role]) -> dict[str, list[int]]:
-    """Return the input channels through which units are consumed, or the output channels that they make."""
-    result: dict[str, list[int]] = defaultdict(list)
-    for group, units in mask:
-        for s in group.slices:
-            if s.role in roles and s.tensor.endswith("weight"):
-                result[s.tensor.rpartition(".")[0]] += [i for u in units for i in s.indices(u)]
-    return result
-
-
-def _zeroing(indices: list[int], dim: int) -> Callable[[Tensor], Tensor]:
-    def zero(x: Tensor) -> Tensor:
-        keep = torch.ones(x.shape[dim], dtype=x.dtype, device=x.device)
-        keep[indices] = 0
-        return x * keep.view(-1, *[1] * (-1 - dim))
-
-    return zero
 
 
 def _plan(group: Group, units: Sequence[int]) -> GroupPlan:

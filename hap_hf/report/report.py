@@ -64,7 +64,7 @@ class PruningReport:
         after: Size of the model after.
         prunable_before: Size before of the part that was to be pruned: all groups but excluded ones.
         prunable_after: Size of that part after.
-        threshold: Sensitivity of the least sensitive unit above the cut; None where the plan does not say.
+        threshold: Sensitivity (per cost, if so ranked) of the least sensitive unit above the cut; None if unknown.
         negative_share: Share of scored units with a negative sensitivity; None without scores.
         seconds: Wall-clock time of each stage.
         plan: The plan that was applied.
@@ -179,6 +179,8 @@ class PruningReport:
         asked = [f"{k}={p[k]}" for k in ("prune_ratio", "target_params", "target_macs") if p.get(k) is not None]
         asked += [f"{k}={p[k]}" for k in ("implant_ratio", "implant_cost", "implant_init") if p.get("implant_ratio")]
         scored = [f"{p[k]} {name}" for k, name in (("num_probes", "probes"), ("num_batches", "batches")) if p.get(k)]
+        if p.get("settled") is not None:
+            scored.append("stopped by stop_share" if p["settled"] else "as many as allowed, stop_share not met")
         facts = [
             ("parameters", _exact(self.before.params, self.after.params)),
             ("MACs per sample", _exact(self.before.macs, self.after.macs)),
@@ -218,7 +220,8 @@ def make_report(
     kinds = str(plan.provenance.get("kinds") or " ".join(Kind)).split()
     chosen = [g.group.kind.value in kinds and not any(g.group.matches(p) for p in patterns) for g in plan]
     # What was not to be pruned had no decision to be uncertain about.
-    groups = tuple(_group_report(g, scores if c else None, threshold) for g, c in zip(plan, chosen, strict=True))
+    per = str(plan.provenance.get("per"))
+    groups = tuple(_group_report(g, scores if c else None, threshold, per) for g, c in zip(plan, chosen, strict=True))
     # The stages of a composed plan cut the same part again: it is whole before the first and small after the last.
     first = plan.stages[0] if plan.stages else ()
     prunable = whole_footprint(g.group for g, wanted in zip(first, chosen, strict=False) if wanted)
@@ -238,7 +241,7 @@ def make_report(
     )
 
 
-def _group_report(plan: GroupPlan, scores: Scores | None, threshold: float | None) -> GroupReport:
+def _group_report(plan: GroupPlan, scores: Scores | None, threshold: float | None, per: str) -> GroupReport:
     group = plan.group
     uncertain = negative = None
     sensitivity = scores.sensitivity.get(group.name) if scores is not None else None
@@ -248,7 +251,8 @@ def _group_report(plan: GroupPlan, scores: Scores | None, threshold: float | Non
         error = scores.standard_error.get(group.name)
         if threshold is not None and error is not None:
             # An exact method is never uncertain, not even about the unit at the threshold.
-            uncertain = int((((sensitivity - threshold).abs() <= 2 * error) & (error > 0)).sum())
+            limit = threshold * group.unit_cost(per if per in {"params", "macs"} else None)
+            uncertain = int((((sensitivity - limit).abs() <= 2 * error) & (error > 0)).sum())
     whole = GroupPlan(group, KEEP * group.num_units)
     kept, implanted, removed = (plan.actions.count(a) for a in (KEEP, IMPLANT, PRUNE))
     return GroupReport(

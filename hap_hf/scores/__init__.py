@@ -6,25 +6,28 @@ A criterion is a function from a :class:`ScoringTask` to :class:`Scores`, and an
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from hap_hf.config import Coupling, HapConfig, Method
-from hap_hf.curvature import estimate_traces, rademacher, seeded_generator
-from hap_hf.errors import UnsupportedModelError
+from hap_hf.curvature import seeded_generator
 from hap_hf.group import Group
 from hap_hf.losses import LossFunction, model_loss
+from hap_hf.processes import ALONE, Processes
 from hap_hf.scores.gradients import (
     by_empirical_fisher,
     by_ggn,
     by_ggn_quadratic,
     by_mask_fisher,
+    by_mask_ggn,
     by_mask_gradient,
     by_taylor,
 )
+from hap_hf.scores.hessian import by_hessian, by_hessian_split
+from hap_hf.scores.memory import in_batches_that_fit
 from hap_hf.scores.sensitivity import Scores, unit_sensitivity
 from hap_hf.scores.task import ScoringTask
 from hap_hf.scores.units import UnitWeights, roles_of
@@ -39,8 +42,11 @@ def score_groups(
     config: HapConfig,
     *,
     loss_fn: LossFunction | None = None,
+    processes: Processes = ALONE,
 ) -> Scores:
     """Return the sensitivity of every unit by ``config.method``; the model is left exactly as found.
+
+    When memory runs out, a warning says so and scoring starts anew with batches cut in halves.
 
     Args:
         model: The model that the groups were found in.
@@ -50,64 +56,22 @@ def score_groups(
             and ``random`` need none.
         config: Method, number of probes, precision and seed.
         loss_fn: Mean loss of a model over a batch's loss terms; ``model(**batch).loss`` by default.
+        processes: The processes that score together, whose results are the same; ``batches`` are the share of this one.
 
     Returns:
         Sensitivities with their standard errors.
 
     Raises:
-        BatchError: If there are no batches, or they hold no labels or no loss terms.
+        BatchError: If there are no batches, they hold no labels or no loss terms, or a single sample does not fit.
         CurvatureError: If a loss or a derivative is not finite, or does not depend on the weights.
         UnsupportedModelError: If there are no groups, they do not fit the model, or the method does not fit the loss.
     """
     start = time.perf_counter()
-    scores = METHODS[config.method](ScoringTask(model, groups, batches, config, loss_fn or model_loss))
+    if config.method is Method.HESSIAN_SPLIT or (config.method is Method.HESSIAN and config.stop_share is not None):
+        batches = list(islice(batches, config.max_batches))  # the same ones each time that they are gone through
+    task = ScoringTask(model, groups, batches, config, loss_fn or model_loss, processes)
+    scores = in_batches_that_fit(METHODS[config.method], task)
     return replace(scores, seconds=time.perf_counter() - start)
-
-
-def by_hessian(task: ScoringTask) -> Scores:
-    """Score by the relative Hessian trace, by Hutchinson's estimator; see :func:`unit_sensitivity`.
-
-    Args:
-        task: What to score, on what and how.
-
-    Returns:
-        The scores, without their time.
-    """
-    config = task.config
-    units = UnitWeights.of(task.model, task.groups, roles_of(config.coupling))
-    factors = units.trace_factors(config.coupling)
-    _check_attention(task.model)
-    with task.ready(units.tensors, "Hessian trace", "probe", config.num_probes) as tick:
-        estimate = estimate_traces(
-            task.losses(),
-            units.tensors,
-            # Linear in the products, so that standard errors are those of the sensitivities.
-            lambda products: units.totals(units.marginals(products), factors),
-            partial(rademacher, units.tensors, config.seed),
-            num_probes=config.num_probes,
-            loss_scale=task.loss_scale(units.tensors),
-            on_probe=tick,
-        )
-    return Scores(
-        units.by_group(estimate.trace),
-        units.by_group(estimate.standard_error),
-        config.method.value,
-        num_probes=config.num_probes,
-        num_batches=estimate.num_batches,
-        num_loss_terms=estimate.num_terms,
-        seconds=0.0,
-    )
-
-
-def _check_attention(model: nn.Module) -> None:
-    # Foreign kernels return gradients without a graph: their curvature would be missing, and nothing would tell.
-    for module in model.modules():
-        attention = getattr(getattr(module, "config", None), "_attn_implementation", None)
-        if attention not in {None, "eager", "sdpa"}:
-            raise UnsupportedModelError(
-                f"{type(module).__name__} uses attention {attention!r}, which may not be differentiable twice; call "
-                "model.set_attn_implementation('sdpa') or load the model with attn_implementation='sdpa'"
-            )
 
 
 def by_magnitude(task: ScoringTask) -> Scores:
@@ -154,10 +118,12 @@ def _exact(sensitivity: Mapping[str, Tensor], task: ScoringTask) -> Scores:
 
 METHODS: Mapping[Method, Callable[[ScoringTask], Scores]] = {
     Method.HESSIAN: by_hessian,
+    Method.HESSIAN_SPLIT: by_hessian_split,
     Method.GGN: by_ggn,
     Method.GGN_QUADRATIC: by_ggn_quadratic,
     Method.EMPIRICAL_FISHER: by_empirical_fisher,
     Method.TAYLOR: by_taylor,
+    Method.MASK_GGN: by_mask_ggn,
     Method.MASK_FISHER: by_mask_fisher,
     Method.MICHEL: by_mask_gradient,
     Method.MAGNITUDE: by_magnitude,

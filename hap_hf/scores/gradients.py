@@ -1,6 +1,5 @@
 """Criteria from the gradients of single samples: the generalised Gauss-Newton matrix, Fisher matrices, masks."""
 
-from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 
@@ -15,7 +14,6 @@ from hap_hf.curvature import (
     Wanted,
     estimate_fisher,
     estimate_ggn,
-    rademacher,
     squared,
     times_weights,
 )
@@ -102,6 +100,26 @@ def by_taylor(task: ScoringTask) -> Scores:
     return replace(scores, sensitivity={name: x.abs() for name, x in scores.sensitivity.items()})
 
 
+def by_mask_ggn(task: ScoringTask) -> Scores:
+    r"""Score by the second-order loss increase of a mask m_u on what is read of unit u, ``d^2 L / dm_u^2 / 2``.
+
+    Removing a unit and setting its mask from 1 to 0 are the same, so this is w_u^T G w_u / 2 with w_u the columns that
+    read the unit, and G the generalised Gauss-Newton matrix: :func:`by_mask_fisher` with the curvature of the loss in
+    place of the squared gradients of the labels at hand, which vanish where the labels are fitted.
+
+    References: Kwon et al., "A Fast Post-Training Pruning Framework for Transformers", NeurIPS 2022, for the mask;
+    :func:`~hap_hf.curvature.ggn.estimate_ggn` for the matrix.
+
+    Args:
+        task: What to score, on what and how.
+
+    Returns:
+        The scores, without their time.
+    """
+    units = UnitWeights.of(task.model, task.groups, CONSUMING)
+    return _of_model(task, units, times_weights, partial(_half_square, units))
+
+
 def by_mask_fisher(task: ScoringTask) -> Scores:
     r"""Score by the mean of ``(dL_n / dm_u)^2 / 2`` over the samples n, with a mask m_u = 1 on what is read of unit u.
 
@@ -159,10 +177,6 @@ def _half_square(units: UnitWeights, products: Marginals) -> Tensor:
 
 def _of_model(task: ScoringTask, units: UnitWeights, statistic: Statistic, reduce: ReduceSamples) -> Scores:
     """Return a mean over gradients whose second moment is the generalised Gauss-Newton matrix."""
-
-    def signs(like: Mapping[str, Tensor], batch: int, probe: int) -> Mapping[str, Tensor]:
-        return rademacher(like, task.config.seed, batch, probe)
-
     num_probes = task.config.num_output_probes
     with task.ready(units.tensors, task.config.method.value, "batch") as tick:
         estimate = estimate_ggn(
@@ -170,10 +184,11 @@ def _of_model(task: ScoringTask, units: UnitWeights, statistic: Statistic, reduc
             task.samples(),
             Wanted(units.tensors, units.dims(), statistic),
             reduce,
-            signs,
+            task.signs,
             num_probes=num_probes,
             loss_scale=task.loss_scale(units.tensors),
             on_batch=tick,
+            total=task.total,
         )
     return _scores(task, units, estimate, num_probes or 0)
 
@@ -188,6 +203,7 @@ def _of_labels(task: ScoringTask, units: UnitWeights, statistic: Statistic, redu
             reduce,
             loss_scale=task.loss_scale(units.tensors),
             on_batch=tick,
+            total=task.total,
         )
     return _scores(task, units, estimate, 0)
 

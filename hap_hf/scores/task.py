@@ -15,9 +15,10 @@ from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
 from hap_hf.batches import batch_size
 from hap_hf.config import HapConfig, Precision
-from hap_hf.curvature import SampleBatch, preserved
+from hap_hf.curvature import SampleBatch, preserved, rademacher
 from hap_hf.group import Group
 from hap_hf.losses import LossFunction, batch_losses
+from hap_hf.processes import ALONE, Processes
 
 _FP16_LOSS_SCALE = 2.0**16
 
@@ -32,6 +33,7 @@ class ScoringTask:
         batches: Keyword arguments of the model's forward with labels.
         config: The settings.
         loss_fn: Mean loss of the model on a batch.
+        processes: The processes that score together; ``batches`` are the share of this one.
     """
 
     model: nn.Module
@@ -39,10 +41,11 @@ class ScoringTask:
     batches: Iterable[Mapping[str, Any]]
     config: HapConfig
     loss_fn: LossFunction
+    processes: Processes = ALONE
 
     @contextmanager
     def ready(
-        self, tensors: Mapping[str, Tensor], title: str, unit: str, ticks: int = 1
+        self, tensors: Mapping[str, Tensor], title: str, unit: str, ticks: int = 1, *, twice: bool = True
     ) -> Generator[Callable[[], object], None, None]:
         """Prepare the model for derivatives and show a progress bar inside the block.
 
@@ -51,6 +54,7 @@ class ScoringTask:
             title: What the bar is called.
             unit: What it counts.
             ticks: How many of them there are in a batch.
+            twice: Whether the model is differentiated twice; see :func:`~hap_hf.curvature.state.preserved`.
 
         Yields:
             The function that moves the bar by one.
@@ -58,7 +62,7 @@ class ScoringTask:
         most = self.config.max_batches
         num_batches = min(length_hint(self.batches), most or length_hint(self.batches))
         with (
-            preserved(self.model, tensors),
+            preserved(self.model, tensors, twice=twice),
             # The caller's autocast must not reach into the derivatives.
             torch.autocast(next(self.model.parameters()).device.type, enabled=False),
             tqdm(total=num_batches * ticks or None, desc=title, unit=unit, disable=not self.config.progress) as bar,
@@ -76,6 +80,30 @@ class ScoringTask:
         """
         half = self.config.precision is Precision.FP16 or any(t.dtype == torch.float16 for t in tensors.values())
         return _FP16_LOSS_SCALE if half else 1.0
+
+    def signs(self, like: Mapping[str, Tensor], batch: int, probe: int) -> Mapping[str, Tensor]:
+        """Return random signs, which do not depend on how many processes share the batches.
+
+        Args:
+            like: Tensors to draw signs for, by name.
+            batch: Index of the batch in the share of this process.
+            probe: Index of the probe within the batch.
+
+        Returns:
+            Signs in the shapes of the tensors.
+        """
+        return rademacher(like, self.config.seed, self.processes.number(batch), probe)
+
+    def total(self, sums: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Return sums over the batches of all processes.
+
+        Args:
+            sums: Sums over the batches of this one, by name.
+
+        Returns:
+            The sums.
+        """
+        return self.processes.summed("scores", sums)
 
     def losses(self) -> Iterator[tuple[Callable[[], Tensor], int]]:
         """Yield for each batch a function that computes its mean loss, and the number of loss terms.
@@ -100,8 +128,7 @@ class ScoringTask:
 
         for loss, num_terms in self._losses_of(remembered()):
             (batch,) = current
-            labels = batch.get("labels")
-            size = labels.shape[0] if isinstance(labels, Tensor) and labels.dim() else batch_size(batch)
+            size = num_samples(batch)
             yield SampleBatch(loss, num_terms, size, partial(self._single, batch, size))
 
     def _single(self, batch: Mapping[str, Any], size: int, n: int) -> SampleBatch:
@@ -111,3 +138,16 @@ class ScoringTask:
 
     def _losses_of(self, batches: Iterable[Mapping[str, Any]]) -> Iterator[tuple[Callable[[], Tensor], int]]:
         return batch_losses(self.model, batches, self.loss_fn, self.config.precision)
+
+
+def num_samples(batch: Mapping[str, Any]) -> int:
+    """Return the number of samples of a batch with labels: their leading size, or that of its first tensor.
+
+    Args:
+        batch: Keyword arguments of the model's forward.
+
+    Returns:
+        The number.
+    """
+    labels = batch.get("labels")
+    return labels.shape[0] if isinstance(labels, Tensor) and labels.dim() else batch_size(batch)

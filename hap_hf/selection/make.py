@@ -18,7 +18,8 @@ logger = logging.getLogger(__name__)
 def make_plan(groups: Sequence[Group], scores: Scores, config: HapConfig) -> PruningPlan:
     """Decide what happens to every unit.
 
-    All units of the selected groups are sorted together. Of N units the ``int(r N)`` least sensitive are cut; of those
+    All units of the selected groups are sorted together, by sensitivity or, with a budget and ``config.per_cost``, by
+    sensitivity per parameter or multiply-accumulate. Of N units the ``int(r N)`` least sensitive are cut; of those
     the ``int((1 - q) r N)`` least sensitive are pruned and the others implanted, as in the reference code of Yu et al.,
     "Hessian-Aware Pruning and Optimal Neural Implant", WACV 2022. With a budget, the number of cut units is searched.
     Then each group has its say: no more than ``max_group_ratio`` of it is cut, its most sensitive unit stays, implants
@@ -141,12 +142,18 @@ def _provenance(scores: Scores, config: HapConfig, threshold: float) -> dict[str
         "hap_hf": __version__,
         "method": str(scores.method),
         "num_probes": scores.num_probes,
+        "stop_share": config.stop_share,
+        "settled": scores.settled,
+        "num_output_probes": config.num_output_probes,
+        "hvp": config.hvp.value,
         "num_batches": scores.num_batches,
         "num_loss_terms": scores.num_loss_terms,
+        "num_passes": config.passes,
         "coupling": config.coupling.value,
         "precision": config.precision.value,
         "seed": config.seed,
         "threshold": threshold,
+        "per": config.per,
         "prune_ratio": config.prune_ratio,
         "target_params": config.target_params,
         "target_macs": config.target_macs,

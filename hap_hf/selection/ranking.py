@@ -103,7 +103,7 @@ class Ranking:
         config: The settings.
         orders: Units of each group, least sensitive first.
         owners: Position in ``groups`` of each unit's group, least sensitive unit first, ``[total]``.
-        values: Sensitivity of each unit, ascending, ``[total]``.
+        values: Sensitivity of each unit, or sensitivity per cost, in that order, ``[total]``.
     """
 
     groups: tuple[Group, ...]
@@ -145,11 +145,12 @@ class Ranking:
                     f"expected finite sensitivities, got {part[u].item()} for unit {u} of {g.name} and {len(bad) - 1} "
                     "others of the group; look for a loss or weights that overflow, or score with precision='fp32'"
                 )
-            parts.append(part)
-        values, order = torch.sort(torch.cat(parts), stable=True)
+            parts.append(part / g.unit_cost(config.per))
+        passes = [_pass_of(scores, g) for g in groups]
+        order = _least_first(torch.cat(parts), torch.cat(passes))
         owners = torch.repeat_interleave(torch.arange(len(parts)), torch.tensor([len(p) for p in parts]))[order]
-        orders = tuple(tuple(torch.argsort(p, stable=True).tolist()) for p in parts)
-        return cls(tuple(groups), config, orders, owners, values)
+        orders = tuple(tuple(_least_first(*pair).tolist()) for pair in zip(parts, passes, strict=True))
+        return cls(tuple(groups), config, orders, owners, torch.cat(parts)[order])
 
     @property
     def total(self) -> int:
@@ -284,3 +285,16 @@ class Ranking:
         actions = dict(zip(self.orders[index], letters, strict=True))
         made = implants(group, split.implanted, self.config.implant_cost) if split.implanted else []
         return GroupPlan(group, "".join(actions[u] for u in range(group.num_units)), {i.tensor: i.rank for i in made})
+
+
+def _pass_of(scores: Scores, group: Group) -> Tensor:
+    """Return the pass in which each unit went, those of the last one with the largest number."""
+    passes = scores.gone_in.get(group.name)
+    last = torch.iinfo(torch.long).max
+    return torch.full((group.num_units,), last) if passes is None else passes.where(passes > 0, last)
+
+
+def _least_first(sensitivity: Tensor, passes: Tensor) -> Tensor:
+    """Return the order of units by pass, and within a pass by sensitivity."""
+    order = torch.argsort(sensitivity, stable=True)
+    return order[torch.argsort(passes[order], stable=True)]

@@ -6,6 +6,7 @@ from hap_hf.surgery.implant import ImplantLinear
 from hap_hf.surgery.implant_conv import ImplantConv2d
 from hap_hf.surgery.optimizer import carry_optimizer_state_
 from hap_hf.surgery.recalibration import recalibrate_batch_norms_
+from hap_hf.surgery.rollback import interrupts_deferred, undone_on_error
 
 __all__ = [
     "ImplantConv2d",
@@ -15,6 +16,8 @@ __all__ = [
     "carry_optimizer_state_",
     "check_plan",
     "collect_input_moments",
+    "interrupts_deferred",
     "recalibrate_batch_norms_",
     "undo_",
+    "undone_on_error",
 ]

@@ -19,6 +19,7 @@ from hap_hf.surgery.check import stage_problems
 from hap_hf.surgery.implant import ImplantLinear
 from hap_hf.surgery.implant_conv import ImplantConv2d
 from hap_hf.surgery.order import Order
+from hap_hf.surgery.placement import take_over_placement_
 from hap_hf.surgery.projection import (
     IMPLANTED,
     implant_tensors,
@@ -201,6 +202,7 @@ def _remember(module: nn.Module, undo: Undo) -> None:
 def _replace(model: nn.Module, path: str, new: nn.Module, undo: Undo) -> None:
     parent_path, _, leaf = path.rpartition(".")
     parent = model.get_submodule(parent_path)
+    take_over_placement_(new, parent.get_submodule(leaf))
     _remember(parent, undo)
     setattr(parent, leaf, new)
 

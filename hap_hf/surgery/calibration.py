@@ -8,13 +8,18 @@ from torch import Tensor, nn
 
 from hap_hf.batches import call, move_to_model
 from hap_hf.curvature.state import preserved
+from hap_hf.processes import ALONE, Processes
 from hap_hf.surgery.implant import ImplantLinear, factor_rows
 from hap_hf.surgery.implant_conv import ImplantConv2d, patch_moment, pointwise_rows
 from hap_hf.surgery.projection import on_input, spatial_dims
 
 
 def collect_input_moments(
-    model: nn.Module, tensors: Collection[str], batches: Iterable[Mapping[str, Any]]
+    model: nn.Module,
+    tensors: Collection[str],
+    batches: Iterable[Mapping[str, Any]],
+    *,
+    processes: Processes = ALONE,
 ) -> dict[str, Tensor]:
     """Return the second moment of the inputs of each named weight.
 
@@ -24,13 +29,14 @@ def collect_input_moments(
         model: The model, left as found.
         tensors: Names of weights of projections.
         batches: Inputs for the model; labels may be there and are not needed.
+        processes: The processes whose batches count; ``batches`` are the share of this one.
 
     Returns:
         A float64 moment for each name whose layer was called, ``[in_features, in_features]`` or
         ``[in_channels * taps, in_channels]``.
     """
     sums: dict[str, Tensor] = {}
-    counts: dict[str, int] = {}
+    counts: dict[str, Tensor] = {}
 
     def watch(name: str) -> Callable[[Tensor], None]:
         module = model.get_submodule(name.rpartition(".")[0])
@@ -42,7 +48,7 @@ def collect_input_moments(
                 x = x.detach().flatten(0, -2).float()
                 moment, count = (x.T @ x).double(), x.shape[0]
             sums[name] = sums.get(name, 0) + moment
-            counts[name] = counts.get(name, 0) + count
+            counts[name] = counts.get(name, 0) + torch.tensor(count, device="cpu")
 
         return add
 
@@ -54,7 +60,8 @@ def collect_input_moments(
     finally:
         for handle in handles:
             handle.remove()
-    return {name: total / counts[name] for name, total in sums.items()}
+    counts = processes.summed("numbers of layer inputs", counts)
+    return {name: total / counts[name].item() for name, total in processes.summed("layer inputs", sums).items()}
 
 
 def initial_weights(

@@ -40,6 +40,7 @@ def stage_problems(model: nn.Module, stage: Sequence[GroupPlan]) -> list[str]:
         if tensor is not None
     }
     problems = [p for g in stage for p in _group_problems(g, modules, tensors)]
+    problems += _counter_problems(stage, modules)
     if not problems:
         problems += _overlaps(stage)
     if not problems:  # what follows may rely on names, shapes and ranges
@@ -67,16 +68,25 @@ def _group_problems(g: GroupPlan, modules: dict[str, nn.Module], tensors: dict[s
             yield f"{s.tensor}: {group.num_units} units of {s.width} do not fit dimension {s.dim} of {list(s.shape)}"
         elif s.role not in {Role.ALIGNED, Role.STATISTIC}:
             yield from _role_problems(s.tensor, s.role, s.dim, modules)
-    for counter in group.counters:
-        owner, _, attribute = counter.attribute.rpartition(".")
-        value = getattr(modules.get(owner), attribute, None) if attribute in COUNTER_NAMES else None
-        if type(value) is not int or value < counter.width * group.num_units:
-            yield (
-                f"{counter.attribute}: expected an integer attribute of at least {counter.width * group.num_units} "
-                f"that surgery may change, got {value!r}"
-            )
+        else:
+            yield from _follower_problems(s.tensor, s.dim, modules)
     if all(s.tensor in tensors for s in group.slices):
         yield from _implant_problems(g, modules)
+
+
+def _counter_problems(stage: Sequence[GroupPlan], modules: dict[str, nn.Module]) -> Iterator[str]:
+    counted = _counted(stage)
+    for g in stage:
+        for c in g.group.counters:
+            owner, _, name = c.attribute.rpartition(".")
+            # Its own attributes only: properties and what the class holds are no numbers that one module may change.
+            value = vars(modules[owner]).get(name) if owner in modules and name in COUNTER_NAMES else None
+            least = max(c.width * g.group.num_units, counted[c.attribute])
+            if type(value) is not int or value < least:
+                yield (
+                    f"{c.attribute}: expected an integer attribute of at least {least} that surgery may change, "
+                    f"got {value!r:.60}"
+                )
 
 
 def _role_problems(tensor: str, role: Role, dim: int, modules: dict[str, nn.Module]) -> Iterator[str]:
@@ -97,6 +107,16 @@ def _role_problems(tensor: str, role: Role, dim: int, modules: dict[str, nn.Modu
     }[role]
     if expected != (dim, True):
         yield f"{tensor}: dimension {dim} of a {type(module).__name__} holds no {role.value}"
+
+
+def _follower_problems(tensor: str, dim: int, modules: dict[str, nn.Module]) -> Iterator[str]:
+    owner, _, leaf = tensor.rpartition(".")
+    module = modules[owner]
+    if is_projection(module) or is_grouped(module):
+        # Taps of a kernel and the inside of an implant are no units, and nothing else would follow them.
+        own = {"implant_down": {1}, "implant_up": {0}}.get(leaf, {0} if is_grouped(module) else {0, 1})
+        if dim not in own:
+            yield f"{tensor}: dimension {dim} of a {type(module).__name__} holds neither inputs nor outputs"
 
 
 def _implant_problems(g: GroupPlan, modules: dict[str, nn.Module]) -> Iterator[str]:

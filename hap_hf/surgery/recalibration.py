@@ -10,10 +10,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from hap_hf.batches import call, move_to_model
 from hap_hf.curvature.state import preserved
 from hap_hf.errors import BatchError
+from hap_hf.processes import ALONE, Processes
 from hap_hf.surgery.projection import on_input
 
 
-def recalibrate_batch_norms_(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> int:
+def recalibrate_batch_norms_(
+    model: nn.Module, batches: Iterable[Mapping[str, Any]], *, processes: Processes = ALONE
+) -> int:
     r"""Estimate the running mean and variance of every batch norm anew, from ``batches`` alone.
 
     Cut and implanted channels shift the activations of everything after them, while the statistics still describe the
@@ -28,8 +31,8 @@ def recalibrate_batch_norms_(model: nn.Module, batches: Iterable[Mapping[str, An
 
     The batch's statistics reach a batch norm through its buffers, and no batch norm enters train mode. So subclasses
     that drop or activate after normalising work as they do in eval mode, and so does ``nn.SyncBatchNorm``, also on the
-    CPU; nothing is exchanged between processes, each of which takes the statistics of its own batches. Batch norms that
-    do not track statistics, frozen ones that are no torch batch norm, and those that no batch reaches, are left alone.
+    CPU. Batch norms that do not track statistics, frozen ones that are no torch batch norm, and those that no batch
+    reaches, are left alone.
 
     Reference: Wu and Johnson, "Rethinking 'Batch' in BatchNorm", 2021, who call it PreciseBN.
 
@@ -38,6 +41,8 @@ def recalibrate_batch_norms_(model: nn.Module, batches: Iterable[Mapping[str, An
             exception, the statistics are the old ones too.
         batches: Inputs for the model; labels may be there and are not needed. A batch norm behind global pooling takes
             two samples or more in each. None is drawn if there is no batch norm to recalibrate.
+        processes: The processes whose batches count; ``batches`` are the share of this one. By default nothing is
+            exchanged with other processes.
 
     Returns:
         Number of batch norms that have new statistics.
@@ -65,12 +70,18 @@ def recalibrate_batch_norms_(model: nn.Module, batches: Iterable[Mapping[str, An
     finally:
         for handle in handles:
             handle.remove()
-    if not num_batches:
+    sums = {"batches": torch.tensor(num_batches, device="cpu")}
+    for norm in norms:
+        sums |= {f"{norm.name} {name}": total for name, total in norm.sums.items()}
+    sums = processes.summed("batch norm statistics", sums)
+    for norm in norms:
+        norm.sums = {name: sums[f"{norm.name} {name}"] for name in norm.sums}
+    if not sums["batches"]:
         raise BatchError(
             f"new statistics for {len(norms)} batch norms take at least one batch, got none; "
             "pass a list of batches, or a loader that has not run out"
         )
-    reached = [norm for norm in norms if norm.num_values]
+    reached = [norm for norm in norms if norm.sums["values"]]
     averages = [norm.averages() for norm in reached]  # raises before anything is written
     for norm, (mean, var) in zip(reached, averages, strict=True):
         norm.write(mean, var)
@@ -92,9 +103,11 @@ class _Statistics:
         self.module = module
         self.running_mean = running_mean
         self.running_var = running_var
-        self.num_values = 0
-        self.mean_sum = torch.zeros_like(running_mean, dtype=torch.float64)
-        self.var_sum = torch.zeros_like(running_var, dtype=torch.float64)
+        self.sums = {
+            "values": torch.zeros((), dtype=torch.long, device="cpu"),
+            "mean": torch.zeros_like(running_mean, dtype=torch.float64),
+            "var": torch.zeros_like(running_var, dtype=torch.float64),
+        }
 
     def add(self, x: Tensor) -> None:
         """Count in the input of one call, and let that call normalise by it.
@@ -115,9 +128,10 @@ class _Statistics:
         x = x if x.dtype == torch.float64 else x.float()
         var, mean = torch.var_mean(x, [d for d in range(x.dim()) if d != 1], correction=0)
         self.write(mean, var)
-        self.num_values += num_values
-        self.mean_sum += num_values * mean.double()
-        self.var_sum += num_values * (num_values / (num_values - 1)) * var.double()  # unbiased
+        mean, var = mean.to(self.sums["mean"]), var.to(self.sums["var"])
+        self.sums["values"] += num_values
+        self.sums["mean"] += num_values * mean
+        self.sums["var"] += num_values * (num_values / (num_values - 1)) * var  # unbiased
 
     def averages(self) -> tuple[Tensor, Tensor]:
         """Return the mean and the variance over all values so far, in the dtype of the buffers.
@@ -128,8 +142,10 @@ class _Statistics:
         Raises:
             BatchError: If one of them is not finite.
         """
-        mean = (self.mean_sum / self.num_values).to(self.running_mean.dtype)
-        var = (self.var_sum / self.num_values).to(self.running_var.dtype)
+        mean, var = (
+            (self.sums[name] / self.sums["values"].item()).to(buffer.dtype)
+            for name, buffer in {"mean": self.running_mean, "var": self.running_var}.items()
+        )
         if not (mean.isfinite().all() and var.isfinite().all()):
             raise BatchError(
                 f"the statistics of batch norm {self.name!r} must be finite, and in {var.dtype} they are not; look for "

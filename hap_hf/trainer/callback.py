@@ -3,25 +3,30 @@
 import inspect
 import logging
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState
 
-from hap_hf.checkpoint import plan_of
 from hap_hf.config import HapConfig
-from hap_hf.errors import ConfigError, UnsupportedModelError
+from hap_hf.errors import ConfigError
 from hap_hf.losses import LossFunction
 from hap_hf.pipeline import Round, prune_round
 from hap_hf.report import PruningReport
 from hap_hf.selection.rounds import Amounts
+from hap_hf.trainer.best_model import forget_best_
+from hap_hf.trainer.distributed import check_arguments, check_wrapping, processes_of, pruning_together, rewrap_
+from hap_hf.trainer.progress import is_result_of, progress_from_dict, progress_to_dict, saved_progress
+from hap_hf.trainer.rebuilding import rebuild_before_loading
 from hap_hf.trainer.scoring import scoring_batches, trainer_loss, without_autocast
 
 logger = logging.getLogger(__name__)
 
 
-class HessianPruner(TrainerCallback):
+class HessianPruner(TrainerCallback, ExportableState):
     """Prunes the model of a ``Trainer`` while it trains.
 
     Scores are computed with the Trainer's own loss (label smoothing and ``compute_loss_func`` included) on batches of
@@ -33,13 +38,23 @@ class HessianPruner(TrainerCallback):
     epoch; with several rounds, the next ones follow ``interval`` steps (where ``step`` is given) or epochs later, each
     scored anew.
 
+    Rounds are done once: a further ``train()`` with the same callback and a model that went through them, resumed or
+    not, goes on with the next one; a new callback starts with the first. Checkpoints carry what is needed for that, and
+    ``trainer.train(resume_from_checkpoint=...)`` prunes a dense model like the checkpoint's before it loads the
+    weights, if the callback was given to the Trainer at its construction. The search for the best model begins anew
+    with each round.
+
+    Under ``torchrun`` or ``accelerate launch`` with ``DistributedDataParallel`` each process scores its share of the
+    batches, of which there are as many in all as with one process. All processes end a round with the same plan and the
+    same weights, and all raise if one fails; both are checked.
+
     Args:
-        config: How much to prune and how.
+        config: How much to prune and how; a mapping is read by ``HapConfig.from_dict``.
         step: Number of optimizer steps before the first round.
         epoch: Number of epochs before the first round.
         num_rounds: Number of rounds over which the amount rises to its target.
         interval: Steps or epochs between rounds.
-        batches: Batches to score on instead of the Trainer's training data.
+        batches: Batches to score on instead of the Trainer's training data, the same in every process.
         loss_fn: Loss to score with instead of the Trainer's, called with the model and a batch.
 
     Attributes:
@@ -51,7 +66,7 @@ class HessianPruner(TrainerCallback):
 
     def __init__(
         self,
-        config: HapConfig,
+        config: HapConfig | Mapping[str, Any],
         *,
         step: int | None = None,
         epoch: int | None = None,
@@ -65,7 +80,7 @@ class HessianPruner(TrainerCallback):
         for name, value in {"step": step, "epoch": epoch, "num_rounds": num_rounds, "interval": interval}.items():
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
                 raise ConfigError(f"{name} must be an integer of at least 1, got {value!r}")
-        self.config = config
+        self.config = config if isinstance(config, HapConfig) else HapConfig.from_dict(config)
         self.step = step
         self.epoch = epoch
         self.num_rounds = num_rounds
@@ -73,8 +88,18 @@ class HessianPruner(TrainerCallback):
         self.reports: list[PruningReport] = []
         self._batches = batches
         self._loss_fn = loss_fn
-        self._done = 0
         self._start: Amounts | None = None
+
+    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Let the Trainer prune its model like a checkpoint's before it loads that one's weights.
+
+        Args:
+            args: Unused.
+            state: Unused.
+            control: Unused.
+            **kwargs: Unused.
+        """
+        rebuild_before_loading(_calling_trainer(), type(self))
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -91,23 +116,31 @@ class HessianPruner(TrainerCallback):
             UnsupportedModelError: If the training runs in a way that cannot be pruned.
             ConfigError: If a round would fall behind the end of the training.
         """
-        _check_training(args)
-        if state.global_step > 0:
-            self._resume(state, kwargs["model"])
-        else:
-            self._done, self._start, self.reports = 0, None, []
+        check_arguments(args)
+        trainer = _calling_trainer()
+        check_wrapping(trainer, kwargs["model"])
+        rewrap_(trainer)  # an earlier training may have left it behind a model that was pruned since
+        processes = processes_of(args)
+        with processes.agreeing("the beginning of the training"):
+            self._go_on(state, **kwargs)
+            self._check_schedule(args, state)
+        settings = self.state()["args"]
+        settings = {**settings.pop("config"), **settings, "given": self._given(), "rounds done": self._done}
+        processes.check_same("settings of HessianPruner", settings, "start every process with the same script")
+        # Rounds between a checkpoint and its next step come here too: those of an epoch's end come after its last save.
+        self._round_if_due(state.global_step if self.step is not None else int(state.epoch or 0), args, state, **kwargs)
+
+    def _check_schedule(self, args: TrainingArguments, state: TrainerState) -> None:
         last = self._due(self.num_rounds)
         total = float(state.max_steps if self.step is not None else args.num_train_epochs)
         if self.step is None and args.max_steps > 0:
             total = float("inf")  # max_steps overrides the epochs, and how many it makes depends on the data
-        if last > total:
+        if self._done < self.num_rounds and last > total:
             raise ConfigError(
                 f"round {self.num_rounds} of {self.num_rounds} would come after {last} "
                 f"{'steps' if self.step is not None else 'epochs'} and the training ends after {total:g}; "
                 "prune earlier, in fewer rounds, or train longer"
             )
-        if self.step is None and self.epoch is None and self._done == 0:
-            self._round(args, state, **kwargs)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Do the rounds that are due after this step.
@@ -118,8 +151,8 @@ class HessianPruner(TrainerCallback):
             control: Unused.
             **kwargs: ``model``, ``optimizer`` and ``train_dataloader``.
         """
-        if self.step is not None and self._done < self.num_rounds and state.global_step >= self._due(self._done + 1):
-            self._round(args, state, **kwargs)
+        if self.step is not None:
+            self._round_if_due(state.global_step, args, state, **kwargs)
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -132,9 +165,8 @@ class HessianPruner(TrainerCallback):
             control: Unused.
             **kwargs: ``model``, ``optimizer`` and ``train_dataloader``.
         """
-        ended = round(state.epoch or 0)
-        if self.step is None and self._done < self.num_rounds and ended >= self._due(self._done + 1):
-            self._round(args, state, **kwargs)
+        if self.step is None:
+            self._round_if_due(round(state.epoch or 0), args, state, **kwargs)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -155,58 +187,89 @@ class HessianPruner(TrainerCallback):
                 self.num_rounds,
             )
 
+    def state(self) -> dict[str, Any]:
+        """Return what the Trainer writes to ``trainer_state.json``: the settings and the rounds done."""
+        schedule = {name: getattr(self, name) for name in ("step", "epoch", "num_rounds", "interval")}
+        return {"args": {"config": self.config.to_dict(), **schedule}, "attributes": {"progress": self.progress}}
+
+    @property
+    def progress(self) -> Mapping[str, Any]:
+        """The rounds done, as plain JSON values; setting it puts ``reports`` back."""
+        return {**progress_to_dict(self.reports, self._start), "given": self._given()}
+
+    @progress.setter
+    def progress(self, saved: Mapping[str, Any]) -> None:
+        self.reports, self._start = progress_from_dict(saved)
+
+    @property
+    def _done(self) -> int:
+        return len(self.reports)
+
     def _due(self, number: int) -> int:
         first = self.step if self.step is not None else self.epoch or 0
         return first + (number - 1) * self.interval
 
-    def _resume(self, state: TrainerState, model: nn.Module) -> None:
-        plan = plan_of(model)
-        self._done = int(plan.provenance.get("round") or 0) if plan is not None else 0
-        if plan is not None and self._done:
-            self._start = Amounts(
-                int(plan.provenance["start_units"] or 0),
-                int(plan.provenance["start_params"] or 0),
-                float(plan.provenance["start_macs"] or 0),
-            )
-        progress = state.global_step if self.step is not None else int(state.epoch or 0)
-        if (self._done < self.num_rounds and progress >= max(self._due(self._done + 1), 1)) or (
-            not self._done and (self.step is None and self.epoch is None)
-        ):
+    def _go_on(self, state: TrainerState, **kwargs: Any) -> None:
+        """Find out which rounds the model has behind it: those of the checkpoint, of the last training, or none."""
+        saved = saved_progress(_calling_trainer(), self, state)
+        if saved is not None:
+            self.progress = saved
+        if not is_result_of(self.reports, kwargs["model"]):
+            self.reports, self._start = [], None
+        # The Trainer updates what it finds there at every save, and a checkpoint from before the callback has nothing.
+        entries: Any = state.stateful_callbacks
+        entries.setdefault(type(self).__name__, self.state())
+        lost = [] if saved is None else sorted(set(saved["given"]) - set(self._given()))
+        if lost and self._done < self.num_rounds:
             raise ConfigError(
-                f"the training resumes at step {state.global_step}, where round {self._done + 1} was already done, "
-                "with a model that is not pruned; load the model from the checkpoint (AutoModel….from_pretrained after "
-                "`import hap_hf`) and pass it to the Trainer"
+                f"the rounds so far were done with {' and '.join(lost)}, which no checkpoint carries: pass the same to "
+                "HessianPruner again, and leave restore_callback_states_from_checkpoint at False, as it would make a "
+                "callback without; HessianPruner goes on where it was anyway"
             )
+
+    def _given(self) -> list[str]:
+        return [name for name in ("batches", "loss_fn") if getattr(self, f"_{name}") is not None]
+
+    def _round_if_due(self, reached: int, args: TrainingArguments, state: TrainerState, **kwargs: Any) -> None:
+        if self._done < self.num_rounds and reached >= self._due(self._done + 1):
+            self._round(args, state, **kwargs)
 
     def _round(self, args: TrainingArguments, state: TrainerState, **kwargs: Any) -> None:
         trainer = _calling_trainer()
         place = Round(self._done + 1, self.num_rounds, self._start)
-        batches = self._batches
-        if batches is None:
-            loader = kwargs["train_dataloader"]
-            batches = scoring_batches(loader.dataset, loader.collate_fn, args.train_batch_size, self.config)
         optimizer = kwargs["optimizer"]
-        with without_autocast(kwargs["model"]):
+        with without_autocast(kwargs["model"]), pruning_together(trainer, kwargs["model"]) as processes:
+            if self._batches is None:
+                loader = kwargs["train_dataloader"]
+                batches = scoring_batches(
+                    loader.dataset, loader.collate_fn, args.train_batch_size, self.config, processes=processes
+                )
+            else:
+                batches = processes.share(islice(self._batches, self.config.max_batches))
             result = prune_round(
                 kwargs["model"],
                 batches,
-                self.config,
+                self.config if state.is_local_process_zero else replace(self.config, progress=False),
                 place,
                 loss_fn=self._loss_fn or trainer_loss(trainer),
                 optimizer=getattr(optimizer, "optimizer", optimizer),  # accelerate wraps what holds the parameters
+                processes=processes,
             )
-        self._done += 1
         self._start = result.start
         self.reports.append(result.report)
-        # What was best before is another model: it must not be loaded into this one, nor win against it.
-        state.best_metric = None
-        state.best_model_checkpoint = None
-        trainer.log(result.report.to_log())
-        if state.is_world_process_zero:
-            folder = Path(args.output_dir or ".")
-            result.report.save(folder)
+        forget_best_(state, kwargs["lr_scheduler"])
+        with processes.agreeing("reporting"):
+            trainer.log(result.report.to_log())
+            if state.is_world_process_zero:
+                self._write(result.report, Path(args.output_dir or "."))
+
+    def _write(self, report: PruningReport, folder: Path) -> None:
+        try:
+            report.save(folder)
             if self.num_rounds > 1:
-                result.report.save(folder / f"pruning_round_{self._done}")
+                report.save(folder / f"pruning_round_{self._done}")
+        except OSError as error:  # a full disk must not cost the training, and the log and checkpoints have it all
+            logger.warning("the pruning report could not be written to %s: %s; it is in reports", folder, error)
 
 
 def _calling_trainer() -> Trainer:
@@ -227,17 +290,3 @@ def _calling_trainer() -> Trainer:
             return owner
         frame = frame.f_back
     raise ConfigError("HessianPruner must be called by a transformers Trainer; outside of one, use hap_hf.prune")
-
-
-def _check_training(args: TrainingArguments) -> None:
-    for name, used in {
-        "FSDP": bool(args.fsdp),
-        "DeepSpeed": args.deepspeed is not None,
-        f"{args.world_size} processes": args.world_size > 1,
-        f"{args.n_gpu} GPUs in one process": args.n_gpu > 1,
-    }.items():
-        if used:
-            raise UnsupportedModelError(
-                f"HessianPruner works in one process on one device, and this training uses {name}; prune first with "
-                "hap_hf.prune(model, batches, config) and train the smaller model"
-            )

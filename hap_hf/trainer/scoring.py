@@ -6,6 +6,7 @@ from itertools import islice
 from typing import Any
 
 import torch
+from accelerate.data_loader import IterableDatasetShard  # type: ignore[import-untyped]
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer
@@ -13,6 +14,7 @@ from transformers import Trainer
 from hap_hf.config import HapConfig
 from hap_hf.errors import BatchError
 from hap_hf.losses import LossFunction
+from hap_hf.processes import ALONE, Processes
 
 
 @contextmanager
@@ -55,7 +57,12 @@ def trainer_loss(trainer: Trainer) -> LossFunction:
 
 
 def scoring_batches(
-    dataset: Any, collate_fn: Callable[[list[Any]], Mapping[str, Any]], batch_size: int, config: HapConfig
+    dataset: Any,
+    collate_fn: Callable[[list[Any]], Mapping[str, Any]],
+    batch_size: int,
+    config: HapConfig,
+    *,
+    processes: Processes = ALONE,
 ) -> Iterator[Mapping[str, Any]]:
     """Yield the training batches that :class:`HessianPruner` scores on.
 
@@ -67,19 +74,22 @@ def scoring_batches(
         collate_fn: Makes a batch out of samples.
         batch_size: Samples a batch.
         config: Settings; ``seed`` and ``max_batches`` are used.
+        processes: The processes that share the batches, whatever their number.
 
     Yields:
-        Batches as the model takes them.
+        Batches as the model takes them; the share of this process.
 
     Raises:
         BatchError: If the data is empty.
     """
     if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
-        yield from islice(DataLoader(dataset, batch_size=batch_size, collate_fn=collate_fn), config.max_batches)
+        dataset = dataset.dataset if isinstance(dataset, IterableDatasetShard) else dataset
+        whole = DataLoader(dataset, batch_size=batch_size, collate_fn=collate_fn)
+        yield from processes.share(islice(whole, config.max_batches))
         return
     if len(dataset) == 0:
         raise BatchError("expected training data to score on, got an empty dataset")
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(config.seed)).tolist()
     most = len(order) if config.max_batches is None else config.max_batches * batch_size
-    for start in range(0, min(len(order), most), batch_size):
+    for start in processes.share(range(0, min(len(order), most), batch_size)):
         yield collate_fn([dataset[i] for i in order[start : start + batch_size]])

@@ -1,0 +1,260 @@
+r"""Which criterion prunes best: accuracy right after the same share of units is removed, without any training.
+
+A dense model is fine-tuned once a seed, or taken as it is (``--num_train_epochs 0`` or ``--epochs 0``). Every criterion
+scores its units on the same training batches; the same share of heads, of FFN neurons and of channels is removed by
+each, the least sensitive of each kind in the whole model, and what is left is evaluated, with batch norm statistics
+estimated anew where there are any.
+
+A criterion is a value of ``--method``. It may name a coupling, and a number of passes in which the share rises in equal
+steps, each scored on what is left: ``ggn:joint``, ``mask_ggn@4``, ``ggn:filter@2``. ``tp_taylor`` and ``tp_hessian``
+are those of Torch-Pruning, for image classifiers and where it is installed: its own dependency graph and its own choice
+of channels, at the same share. All other flags are those of ``run_glue_hap.py``, or, with ``--images``, of
+``run_cifar_hap.py``. Rows are written to ``WORK_DIR/rows.jsonl`` as they are done, and are not made again.
+
+    python examples/benchmarks/score_quality.py --work_dir runs/quality-mrpc --seeds 0 1 2 --shares 0.2 0.4 0.6 \
+        --model_name_or_path ./my-bert --task_name mrpc --train_file mrpc_train.parquet \
+        --validation_file mrpc_validation.parquet --num_train_epochs 3 --learning_rate 5e-5 --max_batches 32
+
+    python examples/benchmarks/score_quality.py --work_dir runs/quality-resnet20 --images --model cifar_resnet20 \
+        --weights resnet20.safetensors --dataset cifar10 --epochs 0
+"""
+
+import argparse
+import copy
+import dataclasses
+import json
+import logging
+import shlex
+import statistics
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where the example scripts and their modules are
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from subjects import Subject, glue_subject, image_subject
+
+from hap_hf import (
+    Group,
+    Method,
+    PruningPlan,
+    Scores,
+    apply_plan_,
+    find_groups,
+    make_plan,
+    measure_size,
+    recalibrate_batch_norms_,
+    score_groups,
+)
+
+logger = logging.getLogger("score_quality")
+
+Row = dict[str, Any]
+PEERS = {"tp_taylor": "GroupTaylorImportance", "tp_hessian": "GroupHessianImportance"}
+
+
+def main(argv: Sequence[str] | None = None) -> str:
+    """Make the rows that are missing and print the table.
+
+    Args:
+        argv: The arguments, by default the program's.
+
+    Returns:
+        The table in markdown, with the command that made it.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--work_dir", type=Path, required=True, help="folder for the dense models and the results")
+    parser.add_argument("--shares", type=float, nargs="+", default=[0.2, 0.35, 0.5, 0.65], help="shares to remove")
+    parser.add_argument(
+        "--criteria", nargs="+", default=["mask_ggn@4", *(m.value for m in Method)], help="how to score"
+    )
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="seeds of fine-tuning and scores")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
+    parser.add_argument(
+        "--images", action="store_true", help="flags are those of run_cifar_hap.py, not run_glue_hap.py"
+    )
+    own, flags = parser.parse_known_args(words)
+    own.flags = flags
+    torch.set_num_threads(own.threads)
+    file = own.work_dir / "rows.jsonl"
+    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
+    make = image_subject if own.images else glue_subject
+    for seed in own.seeds:
+        missing = [
+            about
+            for criterion in ("dense", *own.criteria)
+            for share in (own.shares if criterion != "dense" else [0.0])
+            if _find(rows, about := _about(criterion, share, seed, own)) is None
+        ]
+        if missing:
+            subject = make(own.flags, own.work_dir / f"dense-{seed}", seed)
+            for about, results in measure(subject, missing):
+                rows.append({**about, "results": results})
+                own.work_dir.mkdir(parents=True, exist_ok=True)
+                with file.open("a", encoding="utf-8") as lines:
+                    lines.write(json.dumps(rows[-1]) + "\n")
+                logger.info("%s: %s", about, results)
+    text = to_markdown(rows, own)
+    text += f"\n```bash\npython examples/benchmarks/score_quality.py {shlex.join(words)}\n```\n"
+    (own.work_dir / "table.md").write_text(text, encoding="utf-8")
+    print(text)
+    return text
+
+
+def _about(criterion: str, share: float, seed: int, own: argparse.Namespace) -> Row:
+    return {"criterion": criterion, "share": share, "seed": seed, "flags": own.flags}
+
+
+def _find(rows: Sequence[Row], about: Row) -> Row | None:
+    return next((row for row in rows if all(row.get(key) == value for key, value in about.items())), None)
+
+
+def measure(subject: Subject, wanted: Sequence[Row]) -> Iterator[tuple[Row, Row]]:
+    """Prune copies of a model by several criteria.
+
+    Args:
+        subject: The model and what it works on; left as it is.
+        wanted: Which rows to make.
+
+    Yields:
+        Which row it is, and its results.
+    """
+    groups = find_groups(subject.model, subject.batches[0])
+    dense_scores: dict[str, Scores] = {}  # the same for all shares and numbers of passes
+    for about in wanted:
+        if about["criterion"] == "dense":
+            model = subject.model
+        elif about["criterion"] in PEERS:
+            try:
+                model = prune_with_peer(subject, about["criterion"], about["share"])
+                model(**subject.batches[0])
+            except Exception as error:  # a peer that fails is a result
+                yield about, {"error": f"{type(error).__name__}: {error}"}
+                continue
+        else:
+            model = prune_in_passes(subject, groups, about["criterion"], about["share"], dense_scores)
+        size = measure_size(model, subject.batches[0])
+        accuracy = subject.accuracy(model)
+        if recalibrate_batch_norms_(model := copy.deepcopy(model), subject.batches):
+            accuracy = subject.accuracy(model)
+        yield about, {"accuracy": accuracy, "params": size.params, "macs": size.macs}
+
+
+def prune_in_passes(
+    subject: Subject, groups: Sequence[Group], criterion: str, share: float, dense_scores: dict[str, Scores]
+) -> PreTrainedModel:
+    """Return a copy of a model without a share of its units, in each kind those that a criterion puts last.
+
+    Args:
+        subject: The model and what it works on.
+        groups: The model's groups.
+        criterion: How to score.
+        share: Share of the units of each kind to remove.
+        dense_scores: Scores of the dense model by criterion; what is missing is added.
+
+    Returns:
+        The pruned model.
+    """
+    model = copy.deepcopy(subject.model)
+    name, _, passes = criterion.partition("@")
+    method, _, coupling = name.partition(":")
+    num_passes = int(passes or 1)
+    config = dataclasses.replace(subject.config, method=method, implant_ratio=0.0, progress=False)
+    if coupling:
+        config = dataclasses.replace(config, coupling=coupling)
+    for number in range(1, num_passes + 1):
+        if number > 1:
+            groups = find_groups(model, subject.batches[0])
+        before, after = share * (number - 1) / num_passes, share * number / num_passes
+        config = dataclasses.replace(config, prune_ratio=(after - before) / (1 - before))
+        scores = dense_scores.get(name) if number == 1 else None
+        scores = scores or score_groups(model, groups, subject.batches, config)
+        dense_scores.setdefault(name, scores)
+        chosen = {
+            plan.group.name: plan
+            for kind in sorted({group.kind for group in groups})
+            for plan in make_plan(groups, scores, dataclasses.replace(config, kinds=(kind,)))
+            if plan.group.kind is kind
+        }
+        apply_plan_(model, PruningPlan((tuple(chosen[group.name] for group in groups),), {}))
+    return model
+
+
+def prune_with_peer(subject: Subject, criterion: str, share: float) -> PreTrainedModel:
+    """Return a copy of a model that Torch-Pruning pruned, one-shot and globally, by the recipe of its README.
+
+    Args:
+        subject: An image classifier of timm and what it works on.
+        criterion: One of ``PEERS``.
+        share: Share of the channels to remove.
+
+    Returns:
+        The pruned model.
+    """
+    import torch_pruning as tp
+
+    model = copy.deepcopy(subject.model).eval()
+    importance = getattr(tp.importance, PEERS[criterion])()
+    head = [module for module in model.modules() if isinstance(module, torch.nn.Linear)][-1:]
+    pruner = tp.pruner.BasePruner(
+        model.timm_model,
+        subject.batches[0]["pixel_values"][:2],
+        importance=importance,
+        global_pruning=True,
+        pruning_ratio=share,
+        ignored_layers=head,
+    )
+    model.zero_grad()
+    for batch in subject.batches:
+        if criterion == "tp_taylor":
+            model(**batch).loss.backward()
+            continue
+        losses = torch.nn.functional.cross_entropy(
+            model(pixel_values=batch["pixel_values"]).logits, batch["labels"], reduction="none"
+        )
+        for loss in losses:
+            model.zero_grad()
+            loss.backward(retain_graph=True)
+            importance.accumulate_grad(model)
+    pruner.step()
+    return model
+
+
+def to_markdown(rows: Sequence[Row], own: argparse.Namespace) -> str:
+    """Return the accuracies as a table, in percent, means over seeds with their standard deviation.
+
+    Args:
+        rows: Rows of all seeds.
+        own: The settings.
+
+    Returns:
+        The table in markdown.
+    """
+    dense = [_find(rows, _about("dense", 0.0, seed, own)) for seed in own.seeds]
+    head = ["criterion", *(f"{100 * share:g}% removed" for share in own.shares)]
+    lines = [head, ["---", *["---:"] * len(own.shares)]]
+    lines.append(["dense", _percent(dense), *[""] * (len(own.shares) - 1)])
+    for criterion in own.criteria:
+        cells = ([_find(rows, _about(criterion, share, seed, own)) for seed in own.seeds] for share in own.shares)
+        lines.append([criterion, *map(_percent, cells)])
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + "\n"
+
+
+def _percent(rows: Sequence[Row | None]) -> str:
+    values = [100 * row["results"]["accuracy"] for row in rows if row and "error" not in row["results"]]
+    if not values:
+        return "fails"
+    spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.1f}{spread}"
+
+
+if __name__ == "__main__":
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.INFO)
+    main()

@@ -1,0 +1,77 @@
+"""Putting a model and its optimizer back if what is done to them does not come to its end."""
+
+import signal
+import threading
+from collections import OrderedDict
+from collections.abc import Generator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+_CONTAINERS = (dict, OrderedDict, set)
+
+
+@contextmanager
+def undone_on_error(model: nn.Module, optimizer: Optimizer | None = None) -> Generator[None]:
+    """Leave ``model`` and ``optimizer`` as they were if the block ends with an exception, Ctrl-C included.
+
+    Put back are the modules with all their attributes, hooks and flags, the values of buffers, and which tensors the
+    optimizer trains with what state. Parameters are not copied: the block may replace them but must not write to them,
+    which is what surgery promises.
+
+    Args:
+        model: Any model.
+        optimizer: A torch optimizer, not a wrapper around one.
+
+    Yields:
+        Nothing.
+    """
+    attributes = [(vars(module), dict(vars(module))) for module in model.modules()]
+    contents = [(c, c.copy()) for _, own in attributes for c in own.values() if type(c) in _CONTAINERS]
+    flags = [(p, p.requires_grad, p.grad) for p in model.parameters()]
+    buffers = [(b, b.detach().clone()) for b in model.buffers()]
+    groups = [] if optimizer is None else [(group["params"], list(group["params"])) for group in optimizer.param_groups]
+    state = {} if optimizer is None else dict(optimizer.state)
+    try:
+        yield
+    except BaseException:
+        with interrupts_deferred():
+            for current, saved in [*attributes, *contents]:
+                current.clear()
+                current.update(saved)
+            for p, requires_grad, grad in flags:
+                p.requires_grad_(requires_grad)
+                p.grad = grad
+            with torch.no_grad():
+                for buffer, value in buffers:
+                    if not buffer.is_meta and not torch.equal(buffer, value):
+                        buffer.copy_(value)
+            for params, old in groups:
+                params[:] = old
+            if optimizer is not None:
+                optimizer.state.clear()
+                optimizer.state.update(state)
+        raise
+
+
+@contextmanager
+def interrupts_deferred() -> Generator[None]:
+    """Let Ctrl-C wait until the block has ended; only the main thread ever gets one.
+
+    Yields:
+        Nothing.
+    """
+    handler = signal.getsignal(signal.SIGINT)
+    if handler is None or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    waiting: list[int] = []
+    signal.signal(signal.SIGINT, lambda number, frame: waiting.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        if waiting:
+            signal.raise_signal(signal.SIGINT)

@@ -1,0 +1,135 @@
+"""Trainings that run in several processes: what the callback works with, and what else it has to keep in step."""
+
+from collections.abc import Generator
+from contextlib import contextmanager
+
+from torch import nn
+from torch.distributed import ProcessGroup
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+from transformers import Trainer, TrainingArguments
+
+from hap_hf.errors import UnsupportedModelError
+from hap_hf.processes import Processes
+
+_SHARDED = {"FSDP": "FSDP", "DEEPSPEED": "DeepSpeed", "MEGATRON_LM": "Megatron-LM", "XLA": "XLA"}
+"""Kinds of distributed training, by accelerate's name, in which a process does not hold a whole torch model."""
+
+
+def check_arguments(args: TrainingArguments) -> None:
+    """Check that a training with these arguments leaves every process a whole model of its own.
+
+    Args:
+        args: The Trainer's arguments.
+    """
+    _refuse({
+        "FSDP": bool(args.fsdp),
+        "DeepSpeed": args.deepspeed is not None,
+        f"{args.n_gpu} GPUs in one process": args.n_gpu > 1,  # torch.nn.DataParallel
+    })
+
+
+def check_wrapping(trainer: Trainer, model: nn.Module) -> None:
+    """Check that the Trainer has prepared nothing that cuts its model into parts, or that surgery would break.
+
+    Args:
+        trainer: The Trainer, ready to train.
+        model: Its model.
+    """
+    accelerator = trainer.accelerator
+    parallelism = getattr(accelerator, "parallelism_config", None)
+    wrapper = _wrapper_of(trainer)
+    hooks = [] if wrapper is None else [state for _, state in wrapper._comm_hooks]
+    kind = accelerator.distributed_type.value
+    whole = not any(isinstance(p, DTensor) for p in model.parameters()) and (getattr(model, "tp_size", None) or 1) == 1
+    _refuse({
+        _SHARDED.get(kind, ""): kind in _SHARDED,  # `accelerate launch` sets it where the arguments say nothing of it
+        "context parallelism": bool(getattr(parallelism, "cp_enabled", False)),
+        "sequence parallelism": bool(getattr(parallelism, "sp_enabled", False)),
+        "tensor parallelism": not whole or bool(getattr(parallelism, "tp_enabled", False)),
+        f"{trainer.args.world_size} processes without DistributedDataParallel": trainer.args.world_size > 1
+        and wrapper is None,
+        "a communication hook that remembers gradients": any(
+            not isinstance(state, (type(None), ProcessGroup)) for state in hooks
+        ),
+    })
+
+
+def _refuse(found: dict[str, bool]) -> None:
+    for name, used in found.items():
+        if used:
+            raise UnsupportedModelError(
+                "HessianPruner works on a whole model in each process, alone or with DistributedDataParallel, and this "
+                f"training uses {name}; prune first with hap_hf.prune(model, batches, config) and train the smaller "
+                "model"
+            )
+
+
+def _wrapper_of(trainer: Trainer) -> DistributedDataParallel | None:
+    # Compiled, the wrapper is inside of something else.
+    found = (m for m in trainer.model_wrapped.modules() if isinstance(m, DistributedDataParallel))
+    return next(found, None)
+
+
+def processes_of(args: TrainingArguments) -> Processes:
+    """Return the processes of a training.
+
+    Args:
+        args: The Trainer's arguments.
+
+    Returns:
+        The processes, as this one sees them.
+    """
+    return Processes(args.process_index, args.world_size, args.device)
+
+
+@contextmanager
+def pruning_together(trainer: Trainer, model: nn.Module) -> Generator[Processes]:
+    """Prune ``model`` inside the block in all processes of the training, and let them train the result together.
+
+    ``DistributedDataParallel`` averages the gradients of the parameters that it was built with, and would leave those
+    that surgery put in their place to each process.
+
+    Args:
+        trainer: The Trainer.
+        model: Its model, not wrapped.
+
+    Yields:
+        The processes.
+    """
+    processes = processes_of(trainer.args)
+    wrapper = _wrapper_of(trainer)
+    if wrapper is not None and wrapper.broadcast_buffers:
+        # Batch norms have counted other samples in each process since the first one's buffers were last copied.
+        processes.adopt_first_("buffers", model.buffers())
+    yield processes
+    rewrap_(trainer)
+
+
+def rewrap_(trainer: Trainer) -> None:
+    """Let the Trainer's ``DistributedDataParallel`` average the gradients of the parameters that its module has now.
+
+    It is built anew with accelerate's settings, in place: the training loop holds it in a local variable.
+
+    Args:
+        trainer: The Trainer.
+    """
+    wrapper = _wrapper_of(trainer)
+    if wrapper is None or list(map(id, wrapper._module_parameters)) == list(map(id, wrapper.module.parameters())):
+        return
+    before = dict(vars(wrapper))
+    # Parameters that surgery left alone would tell the old reducer of their gradients for as long as anything holds it.
+    wrapper._remove_autograd_hooks()  # type: ignore[no-untyped-call]
+    handler = trainer.accelerator.ddp_handler
+    DistributedDataParallel.__init__(
+        wrapper,
+        wrapper.module,
+        device_ids=wrapper.device_ids,
+        output_device=wrapper.output_device,
+        **(handler.to_kwargs() if handler is not None else {}),
+    )
+    # What others have put on it: hooks of modules, the training flag, marks of accelerate.
+    kept = {name for name in vars(nn.Module()) if name not in {"_parameters", "_buffers", "_modules"}}
+    vars(wrapper).update({k: v for k, v in before.items() if k in kept or k not in vars(wrapper)})
+    for hook, state in before["_comm_hooks"]:
+        wrapper.register_comm_hook(state, hook)

@@ -1,0 +1,148 @@
+"""What a checkpoint keeps of the rounds done, so that a resumed training goes on with the next one."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from torch import nn
+from transformers import Trainer, TrainerCallback, TrainerState
+
+from hap_hf.checkpoint import plan_of
+from hap_hf.checkpoint.record import check_described
+from hap_hf.errors import PlanMismatchError
+from hap_hf.group import Kind
+from hap_hf.plan import PruningPlan
+from hap_hf.report.report import GroupReport, ModelSize, PruningReport
+from hap_hf.selection.rounds import Amounts
+
+
+def progress_to_dict(reports: Iterable[PruningReport], start: Amounts | None) -> dict[str, Any]:
+    """Return the rounds done as plain JSON values.
+
+    Args:
+        reports: The report of each round.
+        start: What could be pruned before the first round; None before it.
+
+    Returns:
+        The values.
+    """
+    return {
+        "start": None if start is None else asdict(start),
+        "reports": [{**report.to_dict(), "plan": report.plan.to_dict()} for report in reports],
+    }
+
+
+def progress_from_dict(saved: Mapping[str, Any]) -> tuple[list[PruningReport], Amounts | None]:
+    """Return what :func:`progress_to_dict` was given.
+
+    Args:
+        saved: The values.
+
+    Returns:
+        The report of each round, and what could be pruned before the first.
+    """
+    start = None if saved["start"] is None else Amounts(**saved["start"])
+    return [_report(values) for values in saved["reports"]], start
+
+
+def _report(saved: Mapping[str, Any]) -> PruningReport:
+    return PruningReport(
+        groups=tuple(_group_report(g) for g in saved["groups"]),
+        before=ModelSize(**saved["before"]),
+        after=ModelSize(**saved["after"]),
+        prunable_before=ModelSize(**saved["prunable_before"]),
+        prunable_after=ModelSize(**saved["prunable_after"]),
+        threshold=saved["threshold"],
+        negative_share=saved["negative_share"],
+        seconds=saved["seconds"],
+        plan=PruningPlan.from_dict(saved["plan"]),
+    )
+
+
+def _group_report(saved: Mapping[str, Any]) -> GroupReport:
+    values = {name: value for name, value in saved.items() if name != "summary"}  # which follows from the others
+    sizes = {name: ModelSize(**saved[name]) for name in ("before", "after")}
+    return GroupReport(**{**values, **sizes, "kind": Kind(saved["kind"])})
+
+
+def saved_progress(trainer: Trainer, callback: TrainerCallback, state: TrainerState) -> Mapping[str, Any] | None:
+    """Return what the Trainer's state holds of the rounds of ``callback``.
+
+    Args:
+        trainer: The Trainer.
+        callback: One of its callbacks.
+        state: Its state, new or read from a checkpoint.
+
+    Returns:
+        What :func:`progress_to_dict` returned when it was saved, or None where nothing was.
+    """
+    same = [c for c in trainer.callback_handler.callbacks if type(c) is type(callback)]
+    entries = saved_entries(type(callback), len(same), state)
+    position = same.index(callback)
+    return entries[position] if position < len(entries) else None
+
+
+def saved_entries(kind: type[TrainerCallback], count: int, state: TrainerState) -> list[Mapping[str, Any]]:
+    """Return what the Trainer's state holds of all callbacks of one kind.
+
+    Args:
+        kind: Their class.
+        count: How many there are.
+        state: The Trainer's state.
+
+    Returns:
+        What was saved last, in the order of the callbacks.
+    """
+    by_kind: Any = state.stateful_callbacks
+    saved = by_kind.get(kind.__name__, [])
+    # Of several of a kind the Trainer keeps a list, to which it adds one each at every save.
+    entries = saved[-count:] if isinstance(saved, list) else [saved]
+    return [entry["attributes"]["progress"] for entry in entries]
+
+
+def stages_of(reports: Iterable[PruningReport]) -> PruningPlan:
+    """Return the plan that all rounds make together.
+
+    Args:
+        reports: The report of each round.
+
+    Returns:
+        Their plans, one after the other.
+    """
+    together = PruningPlan(())
+    for report in reports:
+        together = together.then(report.plan)
+    return together
+
+
+def is_result_of(reports: Sequence[PruningReport], model: nn.Module) -> bool:
+    """Return whether ``model`` went through the rounds of ``reports``.
+
+    Args:
+        reports: The report of each round.
+        model: The model that a training begins with.
+
+    Returns:
+        True if its recorded plan holds them, or, where none is recorded, if it has the shapes that they leave.
+    """
+    recorded, done = plan_of(model), stages_of(reports)
+    if recorded is None:
+        return is_described(model, done)
+    return all(stage in recorded.stages for stage in done.stages)
+
+
+def is_described(model: nn.Module, plan: PruningPlan) -> bool:
+    """Return whether every tensor of ``model`` has the shape that ``plan`` leaves it with.
+
+    Args:
+        model: The model.
+        plan: What may have been done to it.
+
+    Returns:
+        True if so.
+    """
+    try:
+        check_described(model, plan)
+    except PlanMismatchError:
+        return False
+    return True

@@ -1,0 +1,59 @@
+"""The benchmark of criteria: the same shares, rows that are kept, and peers that may fail."""
+
+import json
+from pathlib import Path
+
+import pytest
+from benchmarks import score_quality
+from benchmarks.score_quality import main
+from glue_data import PRUNE, build_model, pairs, write
+from image_data import FEW
+
+TEXT = ["--per_device_train_batch_size", "4", "--num_train_epochs", "1", "--report_to", "none"]
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Return a command line for a tiny BERT on a few pairs, with the folder of its results."""
+    folder = tmp_path_factory.mktemp("quality")
+    train, validation = write(pairs(), folder / "train.csv"), write(pairs(10, seed=1), folder / "validation.csv")
+    files = ["--task_name", "mrpc", "--train_file", str(train), "--validation_file", str(validation)]
+    model = ["--model_name_or_path", str(build_model(folder / "bert"))]
+    return ["--work_dir", str(folder / "work"), *model, *files, *TEXT, *PRUNE[2:], "--shares", "0.25", "0.5"]
+
+
+@pytest.fixture(scope="module")
+def rows(words: list[str]) -> list[dict[str, object]]:
+    main([*words, "--criteria", "random", "mask_ggn@2", "ggn:joint", "--seeds", "0", "1"])
+    return [json.loads(line) for line in Path(words[1], "rows.jsonl").read_text().splitlines()]
+
+
+def test_every_criterion_removes_the_same_share_of_each_kind(rows: list[dict[str, object]]) -> None:
+    assert len(rows) == 2 * (1 + 3 * 2)
+    for share in (0.25, 0.5):
+        sizes = {row["results"]["params"] for row in rows if row["share"] == share}
+        assert len(sizes) == 1
+    dense, less, least = (next(r["results"]["params"] for r in rows if r["share"] == s) for s in (0.0, 0.25, 0.5))
+    assert dense > less > least
+
+
+def test_what_is_done_is_not_made_again(
+    rows: list[dict[str, object]], words: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(score_quality, "measure", None)
+    text = main([*words, "--criteria", "mask_ggn@2", "--seeds", "0", "1"])
+    accuracy = [100 * r["results"]["accuracy"] for r in rows if r["criterion"] == "mask_ggn@2" and r["share"] == 0.25]
+    assert f"| mask_ggn@2 | {sum(accuracy) / 2:.1f} ± " in text
+
+
+def test_a_peer_that_fails_has_a_row_that_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("shapes do not match")
+
+    monkeypatch.setattr(score_quality, "prune_with_peer", fail)
+    words = ["--images", "--work_dir", str(tmp_path), "--shares", "0.5", "--criteria", "magnitude", "tp_taylor"]
+    text = main([*words, "--dataset", "digits", "--epochs", "1", "--model", "cifar_resnet20", *FEW])
+    assert "| tp_taylor | fails |" in text
+    lines = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert lines[-1]["results"] == {"error": "RuntimeError: shapes do not match"}
+    assert lines[1]["results"]["params"] < lines[0]["results"]["params"]
