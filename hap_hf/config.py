@@ -1,5 +1,6 @@
 """Every choice a user can make, checked when it is made."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from enum import StrEnum
@@ -238,6 +239,18 @@ class HapConfig:
         if unknown:
             raise ConfigError(f"unknown settings {unknown}; known are {sorted(known)}")
         return cls(**values)
+
+
+def floor_share(amount: float) -> int:
+    """Return ``amount`` rounded down, as the integer it was meant to be: 0.29 of 100 is 29, not 28.
+
+    Args:
+        amount: A share times a count.
+
+    Returns:
+        The largest integer that is at most a rounding error above ``amount``.
+    """
+    return math.floor(amount + 1e-6)
 
 
 def _plain(value: Any) -> Any:

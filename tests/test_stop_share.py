@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import hap_hf
 from hap_hf.config import HapConfig
 from hap_hf.scores import Scores, score_groups
-from hap_hf.scores.stopping import expected_threshold, undecided_share
+from hap_hf.scores.stopping import expected_threshold, near_threshold
 from hap_hf.selection import make_plan
 
 NAME = "net:ffn"
@@ -102,7 +102,7 @@ def test_the_batches_are_drawn_once_however_often_they_are_gone_through() -> Non
 
 def test_units_without_standard_error_are_never_undecided() -> None:
     values, errors = torch.tensor([1.0, 1.0, 2.0, 9.0]), torch.tensor([0.0, 0.1, 0.5, 1.0])
-    assert undecided_share(values, errors, 1.0) == pytest.approx(0.5, abs=0)
+    assert near_threshold(values, errors, 1.0).double().mean().item() == pytest.approx(0.5, abs=0)
 
 
 @pytest.mark.parametrize(

@@ -28,10 +28,12 @@ import torch
 from transformers import AutoModelForImageClassification, PreTrainedModel, TrainingArguments, set_seed
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where run_cifar_hap.py and its modules are
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 from glue.stages import fine_tune
 from images.settings import Settings, parse
 from images.stages import Batch, ImageMaterial
 from run_cifar_hap import prepare
+from subjects import accuracy_of
 
 from hap_hf import (
     Group,
@@ -166,7 +168,7 @@ def make_dense(settings: Settings, folder: Path, rows: Rows) -> tuple[PreTrained
         else:
             model.save_pretrained(folder)
         size = measure_size(model, material.batch(1))
-        rows.add(DENSE, {"accuracy": _accuracy(model, material, args), "params": size.params, "macs": size.macs})
+        rows.add(DENSE, {"accuracy": accuracy_of(model, material, args), "params": size.params, "macs": size.macs})
     return model.to(args.device), material
 
 
@@ -213,10 +215,10 @@ def prune_in_each_way(
             "params": report.after.params,
             "macs": report.after.macs,
             "scoring_seconds": scores.seconds,
-            "pruned": _accuracy(model, material, args),
+            "pruned": accuracy_of(model, material, args),
         }
         recalibrate_batch_norms_(model, batches)
-        results["recalibrated"] = _accuracy(model, material, args)
+        results["recalibrated"] = accuracy_of(model, material, args)
         set_seed(config.seed)
         trainer = material.trainer(model, args)
         if args.num_train_epochs > 0:
@@ -230,12 +232,6 @@ def _cut(model: PreTrainedModel, plan: PruningPlan, init: ImplantInit, batches: 
     implanted = {tensor for group in plan for tensor in group.ranks}
     moments = collect_input_moments(model, implanted, batches) if implanted and init is ImplantInit.SVD else {}
     apply_plan_(model, plan, init=init, input_moments=moments)
-
-
-def _accuracy(model: PreTrainedModel, material: ImageMaterial, args: TrainingArguments) -> float:
-    # A Trainer leaves its autocast around the forward of a model, which must not reach the next stage.
-    trainer = material.trainer(copy.deepcopy(model), args)
-    return material.evaluate(trainer, "eval")["eval_accuracy"]
 
 
 def _arguments(settings: Settings, folder: str | Path) -> TrainingArguments:

@@ -1,7 +1,6 @@
 """What scores are compared on: a dense model, batches to score on, and its accuracy; text or images."""
 
 import copy
-import dataclasses
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from transformers import (
     AutoModelForImageClassification,
     AutoModelForSequenceClassification,
     PreTrainedModel,
+    TrainingArguments,
     set_seed,
 )
 
@@ -69,7 +69,7 @@ def glue_subject(flags: Sequence[str], folder: Path, seed: int) -> Subject:
     model = AutoModelForSequenceClassification.from_pretrained(folder)
     loader = material.trainer(model, args).get_train_dataloader()  # without the columns that the model does not take
     batches = scoring_batches(loader.dataset, loader.collate_fn, args.per_device_train_batch_size, config)
-    return Subject(model, config, list(batches), lambda m: _accuracy(m, material, args))
+    return Subject(model, config, list(batches), lambda m: accuracy_of(m, material, args))
 
 
 def image_subject(flags: Sequence[str], folder: Path, seed: int) -> Subject:
@@ -97,10 +97,20 @@ def image_subject(flags: Sequence[str], folder: Path, seed: int) -> Subject:
     batches = scoring_batches(
         material.images["train"], material.preprocessing, settings.training.batch_size, settings.config
     )
-    return Subject(model, settings.config, list(batches), lambda m: _accuracy(m, material, args))
+    return Subject(model, settings.config, list(batches), lambda m: accuracy_of(m, material, args))
 
 
-def _accuracy(model: PreTrainedModel, material: Material | ImageMaterial, args: Any) -> float:
+def accuracy_of(model: PreTrainedModel, material: Material | ImageMaterial, args: TrainingArguments) -> float:
+    """Return the share of right answers of a model on the evaluation data.
+
+    Args:
+        model: The model; left as it is.
+        material: What it works on.
+        args: The Trainer's arguments.
+
+    Returns:
+        The share.
+    """
     # A Trainer leaves its autocast around the forward of a model, which must not reach the next stage.
-    trainer = material.trainer(copy.deepcopy(model), dataclasses.replace(args))
+    trainer = material.trainer(copy.deepcopy(model), args)
     return material.evaluate(trainer, "eval")["eval_accuracy"]

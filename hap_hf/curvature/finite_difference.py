@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from hap_hf.curvature.batch_loss import checked_loss
-from hap_hf.curvature.hvp import accumulation_dtype, plain_gradient
+from hap_hf.curvature.hvp import plain_gradient, unscaled
 from hap_hf.errors import CurvatureError
 
 _STEP = 0.3
@@ -75,7 +75,7 @@ class FiniteDifference:
         """
         length = _norm(vector)
         if not length:
-            return {n: torch.zeros_like(t, dtype=accumulation_dtype(t.dtype)) for n, t in self.tensors.items()}
+            return unscaled({}, self.tensors)
         step = self.relative_step * (_norm(self.tensors) or 1.0) / length
         saved = {name: t.detach().clone() for name, t in self.tensors.items()}
         try:
@@ -107,10 +107,7 @@ class FiniteDifference:
                 found = plain_gradient(self.loss_of_batch(), self.tensors, self.scale)
         except CurvatureError as error:
             raise CurvatureError(f"batch {self.index}: {error}") from None
-        return {
-            name: found.get(name, torch.zeros_like(t)).to(accumulation_dtype(t.dtype))
-            for name, t in self.tensors.items()
-        }
+        return unscaled(found, self.tensors)
 
     def _put_back(self, saved: Mapping[str, Tensor]) -> None:
         with torch.no_grad():

@@ -9,7 +9,7 @@ from torch.autograd import forward_ad
 from torch.func import functional_call
 
 from hap_hf.curvature.batch_loss import checked_loss
-from hap_hf.curvature.hvp import accumulation_dtype, plain_gradient
+from hap_hf.curvature.hvp import plain_gradient, unscaled
 from hap_hf.errors import CurvatureError
 
 
@@ -99,12 +99,8 @@ class ForwardOverReverse:
             loss = functional_call(self.run, {f"model.{name}": dual for name, dual in duals.items()}, ())
             gradient = plain_gradient(loss, duals, self.scale)
             found = {n: forward_ad.unpack_dual(g).tangent for n, g in gradient.items()}  # type: ignore[no-untyped-call]
-        result = {}
-        for name, t in self.tensors.items():
-            tangent = found.get(name)
-            wide = torch.zeros_like(t).detach() if tangent is None else tangent.detach()
-            result[name] = wide.to(accumulation_dtype(t.dtype)) / self.scale
-        return result
+        tangents = {name: None if t is None else t.detach() for name, t in found.items()}
+        return unscaled(tangents, self.tensors, self.scale)
 
 
 class _Run(nn.Module):

@@ -118,9 +118,26 @@ def hvp(
             if not any(text in str(error) for text in _NOT_TWICE):
                 raise
             raise CurvatureError(f"a part of the model cannot be differentiated twice: {error}; {_ADVICE}") from error
+    return unscaled(dict(zip(tensors, products, strict=True)), tensors, scale)
+
+
+def unscaled(
+    found: Mapping[str, Tensor | None], tensors: Mapping[str, Tensor], scale: float = 1.0
+) -> dict[str, Tensor]:
+    """Return derivatives without their loss scale, in the dtype to accumulate them in.
+
+    Args:
+        found: Scaled derivatives by name; missing or None where they vanish identically.
+        tensors: What they are derivatives with respect to, by name.
+        scale: The loss scale.
+
+    Returns:
+        The derivatives of all tensors, in float32 (float64 for float64 tensors).
+    """
     result = {}
-    for (name, t), product in zip(tensors.items(), products, strict=True):
-        wide = torch.zeros_like(t).detach() if product is None else product
+    for name, t in tensors.items():
+        derivative = found.get(name)
+        wide = torch.zeros_like(t).detach() if derivative is None else derivative
         wide = wide.to(accumulation_dtype(t.dtype))
         result[name] = wide if scale == 1 else wide / scale
     return result

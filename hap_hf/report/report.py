@@ -14,6 +14,7 @@ from hap_hf.plan import IMPLANT, KEEP, PRUNE, GroupPlan, PruningPlan
 from hap_hf.report.size import ModelSize, measure_size
 from hap_hf.report.tables import markdown, plain_text
 from hap_hf.scores import Scores
+from hap_hf.scores.stopping import near_threshold
 
 __all__ = ["GroupReport", "ModelSize", "PruningReport", "make_report", "measure_size"]
 
@@ -250,9 +251,8 @@ def _group_report(plan: GroupPlan, scores: Scores | None, threshold: float | Non
         negative = int((sensitivity < 0).sum())
         error = scores.standard_error.get(group.name)
         if threshold is not None and error is not None:
-            # An exact method is never uncertain, not even about the unit at the threshold.
             limit = threshold * group.unit_cost(per if per in {"params", "macs"} else None)
-            uncertain = int((((sensitivity - limit).abs() <= 2 * error) & (error > 0)).sum())
+            uncertain = int(near_threshold(sensitivity, error, limit).sum())
     whole = GroupPlan(group, KEEP * group.num_units)
     kept, implanted, removed = (plan.actions.count(a) for a in (KEEP, IMPLANT, PRUNE))
     return GroupReport(

@@ -1,19 +1,18 @@
 """When there have been enough probes: few units are left whose place beside the threshold noise could change."""
 
-import math
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from hap_hf.config import HapConfig
+from hap_hf.config import HapConfig, floor_share
 from hap_hf.footprint import footprint
 from hap_hf.group import Group
 from hap_hf.plan import KEEP, PRUNE, GroupPlan
 
 
-def undecided_share(values: Tensor, errors: Tensor, threshold: float) -> float:
-    """Return the share of units within two standard errors of the threshold, counted as in the report.
+def near_threshold(values: Tensor, errors: Tensor, threshold: float) -> Tensor:
+    """Return which units lie within two standard errors of the threshold; an exact score is never undecided.
 
     Args:
         values: Sensitivity of each unit, ``[num_units]``.
@@ -21,13 +20,13 @@ def undecided_share(values: Tensor, errors: Tensor, threshold: float) -> float:
         threshold: Sensitivity of the least sensitive unit above the cut.
 
     Returns:
-        The share.
+        True for those units, ``[num_units]``.
 
     Example:
-        >>> undecided_share(torch.tensor([0.0, 0.9, 1.5, 3.0]), torch.tensor([0.1, 0.1, 0.0, 1.0]), threshold=1.0)
-        0.5
+        >>> near_threshold(torch.tensor([0.0, 0.9, 1.5, 3.0]), torch.tensor([0.1, 0.1, 0.0, 1.0]), threshold=1.0)
+        tensor([False,  True, False,  True])
     """
-    return (((values - threshold).abs() <= 2 * errors) & (errors > 0)).double().mean().item()
+    return ((values - threshold).abs() <= 2 * errors) & (errors > 0)
 
 
 def expected_threshold(groups: Sequence[Group], values: Tensor, config: HapConfig) -> float:
@@ -47,7 +46,7 @@ def expected_threshold(groups: Sequence[Group], values: Tensor, config: HapConfi
     """
     ordered, order = torch.sort(values, stable=True)
     if config.prune_ratio is not None:
-        cut = math.floor(config.prune_ratio * len(values) + 1e-6)  # 0.29 of 100 is 29
+        cut = floor_share(config.prune_ratio * len(values))
         return ordered[min(cut, len(values) - 1)].item()
     owners = torch.repeat_interleave(torch.arange(len(groups)), torch.tensor([g.num_units for g in groups]))[order]
 
@@ -83,6 +82,7 @@ def few_undecided(groups: Sequence[Group], config: HapConfig) -> Callable[[Tenso
 
     def decided(values: Tensor, errors: Tensor) -> bool:
         values, errors = values / costs, errors / costs
-        return undecided_share(values, errors, expected_threshold(groups, values, config)) < share
+        near = near_threshold(values, errors, expected_threshold(groups, values, config))
+        return near.double().mean().item() < share
 
     return decided

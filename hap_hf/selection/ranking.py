@@ -4,7 +4,6 @@ Within a group the pruned units are the least sensitive ones, the implanted ones
 most sensitive, so two counts say everything about a group.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hap_hf.config import HapConfig
+from hap_hf.config import HapConfig, floor_share
 from hap_hf.errors import ConfigError, CurvatureError
 from hap_hf.group import Group, ImplantShape, Kind
 from hap_hf.plan import IMPLANT, KEEP, PRUNE, GroupPlan
@@ -54,18 +53,6 @@ class Implant(NamedTuple):
     def is_cheaper(self) -> bool:
         """Whether it has fewer weights than what it replaces."""
         return self.weights < self.shape.replaced
-
-
-def floor_share(amount: float) -> int:
-    """Return ``amount`` rounded down, as the integer it was meant to be: 0.29 of 100 is 29, not 28.
-
-    Args:
-        amount: A share times a count.
-
-    Returns:
-        The largest integer that is at most a rounding error above ``amount``.
-    """
-    return math.floor(amount + 1e-6)
 
 
 def implants(group: Group, implanted: int, cost: float) -> list[Implant]:
