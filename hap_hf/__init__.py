@@ -4,8 +4,10 @@ A model and some batches become groups of units; groups and curvature become sco
 the plan, alone, makes the model smaller, now or later inside ``from_pretrained``:
 
     groups = find_groups(model, batch)              # attention heads, FFN neurons, convolution channels
-    scores = score_in_passes(model, groups, batches, config)
+    compensation = Compensation.measure(model, groups, batches, config)
+    scores = score_in_passes(model, groups, batches, config, compensation=compensation)
     plan = make_plan(groups, scores, config)
+    compensation.apply_(plan)                       # what stays makes up for what goes
     apply_plan_(model, plan)
 
 ``prune`` does all of it, and ``HessianPruner`` does it inside the ``Trainer``. Importing this package is what lets
@@ -15,6 +17,7 @@ the plan, alone, makes the model smaller, now or later inside ``from_pretrained`
 import importlib.util
 
 from hap_hf.checkpoint import load_pruned_heads, plan_of, record_plan, save_pruned, wrap_timm
+from hap_hf.compensation import Compensation
 from hap_hf.config import Coupling, HapConfig, ImplantInit, Method, Precision
 from hap_hf.discovery import find_groups
 from hap_hf.errors import (
@@ -41,6 +44,7 @@ from hap_hf.surgery import (
     carry_optimizer_state_,
     check_plan,
     recalibrate_batch_norms_,
+    train_only_implants_,
 )
 from hap_hf.trainer import HessianPruner
 from hap_hf.version import __version__
@@ -64,8 +68,10 @@ __all__ = [  # noqa: RUF022 (by stage, not by letter)
     "make_plan",
     "check_plan",
     "apply_plan_",
+    "Compensation",
     "recalibrate_batch_norms_",
     "carry_optimizer_state_",
+    "train_only_implants_",
     # what they pass on
     "Counter",
     "Group",

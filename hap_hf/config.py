@@ -115,6 +115,9 @@ class HapConfig:
         per_cost: With ``target_params`` and ``target_macs``, rank units by sensitivity per parameter or
             multiply-accumulate that they take. None for that with ``mask_ggn`` and not with all others, as they were
             published.
+        compensate: Fit the weights that read what is left to what they lose, see
+            :class:`~hap_hf.compensation.Compensation`. None for that with ``mask_ggn`` and not with all others, as they
+            were published.
         max_batches: Use at most this many batches; None for all.
         precision: Arithmetic while scoring.
         seed: Seed of probes and random scores.
@@ -144,6 +147,7 @@ class HapConfig:
     num_output_probes: int | None = 1
     num_passes: int | None = None
     per_cost: bool | None = None
+    compensate: bool | None = None
     max_batches: int | None = 8
     precision: Precision = Precision.FP32
     seed: int = 0
@@ -191,8 +195,9 @@ class HapConfig:
         _at_least("seed", self.seed, 0)
         if self.seed >= 2**63:
             raise ConfigError(f"seed must be below 2**63, the largest that torch.Generator takes, got {self.seed!r}")
-        if self.per_cost is not None and not isinstance(self.per_cost, bool):
-            raise ConfigError(f"per_cost must be True, False or None, got {self.per_cost!r}")
+        for name in ("per_cost", "compensate"):
+            if getattr(self, name) is not None and not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} must be True, False or None, got {getattr(self, name)!r}")
         for name in ("recalibrate", "progress"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be True or False, got {getattr(self, name)!r}")
@@ -214,6 +219,11 @@ class HapConfig:
         if not wanted or self.prune_ratio is not None:
             return None
         return "params" if self.target_params is not None else "macs"
+
+    @property
+    def compensates(self) -> bool:
+        """Whether the weights that read what is left make up for what they lose."""
+        return self.method is Method.MASK_GGN if self.compensate is None else self.compensate
 
     def to_dict(self) -> dict[str, Any]:
         """Return the settings as plain JSON values."""

@@ -1,4 +1,4 @@
-"""The stages in order: find, score, plan, apply, record, recalibrate, report."""
+"""The stages in order: find, measure, score, plan, compensate, apply, recalibrate, report, record."""
 
 import logging
 import time
@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from hap_hf.batches import as_mapping
 from hap_hf.checkpoint import check_recordable, record_plan
+from hap_hf.compensation import Compensation
 from hap_hf.config import HapConfig, ImplantInit
 from hap_hf.discovery import find_groups
 from hap_hf.errors import BatchError
@@ -150,7 +151,12 @@ def _whole_round(
     now = config_of_round(config, place.number, place.total, start, Amounts.of(select_groups(groups, config)))
     before = measure_size(model, example)
     clock.lap("discovery")
-    scores = score_in_passes(model, groups, used, now, loss_fn=loss_fn, processes=processes)
+    compensation = None
+    if now.compensates:
+        chosen = select_groups(groups, now)
+        compensation = Compensation.measure(model, chosen, used, now, loss_fn=loss_fn, processes=processes)
+        clock.lap("measuring")
+    scores = score_in_passes(model, groups, used, now, loss_fn=loss_fn, compensation=compensation, processes=processes)
     clock.lap("scoring")
     plan = make_plan(groups, scores, now)
     plan = replace(plan, provenance={**plan.provenance, **_place(place, start)})
@@ -161,7 +167,8 @@ def _whole_round(
     moments = collect_input_moments(model, wanted, used, processes=processes) if wanted else {}
     clock.lap("calibration")
     check_recordable(model, plan)
-    changes = apply_plan_(model, plan, init=now.implant_init, input_moments=moments)
+    changes = () if compensation is None else compensation.apply_(plan)
+    changes += apply_plan_(model, plan, init=now.implant_init, input_moments=moments)
     # The same decomposition may differ in its last bits from one machine to the next.
     processes.adopt_first_("implants", [c.new for c in changes if c.old is None])
     if optimizer is not None:

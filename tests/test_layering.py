@@ -20,6 +20,7 @@ LAYERS = [
     {"discovery"},
     {"losses"},
     {"scores"},
+    {"compensation"},
     {"selection", "report"},
     {"checkpoint"},
     {"pipeline"},

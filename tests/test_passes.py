@@ -6,13 +6,22 @@ import pytest
 import torch
 from scored_models import BATCH, FFN, bert, config, heads, net, text_batch
 
-from hap_hf import CurvatureError, HapConfig, apply_plan_, find_groups, make_plan, score_groups, score_in_passes
+from hap_hf import (
+    Compensation,
+    CurvatureError,
+    HapConfig,
+    apply_plan_,
+    find_groups,
+    make_plan,
+    score_groups,
+    score_in_passes,
+)
 from hap_hf.plan import PRUNE
 from hap_hf.scores import Scores
 from hap_hf.selection import passes
 
 TEXT = text_batch(labels=torch.tensor([0, 1, 1]))
-SETTINGS = {"method": "mask_ggn", "num_output_probes": None, "kinds": ("ffn",)}
+SETTINGS = {"method": "mask_ggn", "num_output_probes": None, "kinds": ("ffn",), "compensate": False}
 
 
 def settings(**changes: object) -> HapConfig:
@@ -31,14 +40,17 @@ def test_a_single_pass_is_the_plain_score() -> None:
     assert not one.gone_in
 
 
+@pytest.mark.parametrize("compensate", [False, True])
 @pytest.mark.parametrize("method", ["mask_ggn", "ggn", "taylor", "mask_fisher"])
-def test_the_last_pass_scores_what_surgery_of_the_passes_before_leaves(method: str) -> None:
+def test_the_last_pass_scores_what_surgery_of_the_passes_before_leaves(method: str, compensate: bool) -> None:
     model = bert(num_hidden_layers=2).eval()
     groups = [g for g in find_groups(model, TEXT) if g.kind == "ffn"]
-    two = settings(method=method, num_passes=2, coupling="filter")
+    two = settings(method=method, num_passes=2, coupling="filter", compensate=compensate)
     scores = score_in_passes(model, groups, [TEXT], two)
     first = make_plan(groups, score_groups(model, groups, [TEXT], two), settings(prune_ratio=0.3, coupling="filter"))
     smaller = copy.deepcopy(model)
+    if compensate:
+        Compensation.measure(smaller, groups, [TEXT], two).apply_(first)
     apply_plan_(smaller, first)
     left = find_groups(smaller, TEXT)
     again = score_groups(smaller, [g for g in left if g.kind == "ffn"], [TEXT], two)

@@ -36,6 +36,7 @@ from run_cifar_hap import prepare
 from subjects import accuracy_of
 
 from hap_hf import (
+    Compensation,
     Group,
     Method,
     PruningPlan,
@@ -195,7 +196,9 @@ def prune_in_each_way(
     loader = scoring_batches(material.images["train"], material.preprocessing, settings.training.batch_size, config)
     batches = list(loader)
     before = measure_size(dense, material.batch(1))
-    scores = None
+    scores = compensation = None
+    if config.compensates:
+        compensation = Compensation.measure(dense, groups, batches, config)
     args = dataclasses.replace(
         _arguments(settings, settings.training.output_dir),
         seed=config.seed,
@@ -206,8 +209,10 @@ def prune_in_each_way(
         model = copy.deepcopy(dense)
         now = dataclasses.replace(config, target_params=about["keep"], implant_ratio=about["implant_ratio"])
         if scores is None or now.passes > 1:  # a single pass is the same for all amounts
-            scores = score_in_passes(dense, groups, batches, now)
+            scores = score_in_passes(dense, groups, batches, now, compensation=compensation)
         plan = make_plan(groups, scores, now)
+        if compensation is not None:
+            Compensation.of(model, groups, compensation.moments).apply_(plan)
         _cut(model, plan, now.implant_init, batches)
         report = make_report(plan, scores, before, measure_size(model, material.batch(1)), {})
         results = {

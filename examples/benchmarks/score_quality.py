@@ -6,10 +6,11 @@ each, the least sensitive of each kind in the whole model, and what is left is e
 estimated anew where there are any.
 
 A criterion is a value of ``--method``. It may name a coupling, and a number of passes in which the share rises in equal
-steps, each scored on what is left: ``ggn:joint``, ``mask_ggn@4``, ``ggn:filter@2``. ``tp_taylor`` and ``tp_hessian``
-are those of Torch-Pruning, for image classifiers and where it is installed: its own dependency graph and its own choice
-of channels, at the same share. All other flags are those of ``run_glue_hap.py``, or, with ``--images``, of
-``run_cifar_hap.py``. Rows are written to ``WORK_DIR/rows.jsonl`` as they are done, and are not made again.
+steps, each scored on what is left; a plus sign adds compensation: ``ggn:joint``, ``mask_ggn@4+``, ``magnitude+``.
+``tp_taylor`` and ``tp_hessian`` are those of Torch-Pruning, for image classifiers and where it is installed: its own
+dependency graph and its own choice of channels, at the same share. All other flags are those of ``run_glue_hap.py``,
+or, with ``--images``, of ``run_cifar_hap.py``. Rows are written to ``WORK_DIR/rows.jsonl`` as they are done, and are
+not made again.
 
     python examples/benchmarks/score_quality.py --work_dir runs/quality-mrpc --seeds 0 1 2 --shares 0.2 0.4 0.6 \
         --model_name_or_path ./my-bert --task_name mrpc --train_file mrpc_train.parquet \
@@ -27,11 +28,14 @@ import logging
 import shlex
 import statistics
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where the example scripts and their modules are
@@ -39,10 +43,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from subjects import Subject, glue_subject, image_subject
 
 from hap_hf import (
+    Compensation,
     Group,
     Method,
     PruningPlan,
-    Scores,
     apply_plan_,
     find_groups,
     make_plan,
@@ -50,6 +54,8 @@ from hap_hf import (
     recalibrate_batch_norms_,
     score_groups,
 )
+from hap_hf.plan import PRUNE, GroupPlan
+from hap_hf.surgery.masking import Units, masked
 
 logger = logging.getLogger("score_quality")
 
@@ -73,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> str:
     parser.add_argument("--work_dir", type=Path, required=True, help="folder for the dense models and the results")
     parser.add_argument("--shares", type=float, nargs="+", default=[0.2, 0.35, 0.5, 0.65], help="shares to remove")
     parser.add_argument(
-        "--criteria", nargs="+", default=["mask_ggn@4", *(m.value for m in Method)], help="how to score"
+        "--criteria", nargs="+", default=["mask_ggn@4+", *(m.value for m in Method)], help="how to score"
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="seeds of fine-tuning and scores")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
@@ -127,7 +133,7 @@ def measure(subject: Subject, wanted: Sequence[Row]) -> Iterator[tuple[Row, Row]
         Which row it is, and its results.
     """
     groups = find_groups(subject.model, subject.batches[0])
-    dense_scores: dict[str, Scores] = {}  # the same for all shares and numbers of passes
+    known: dict[str, Any] = {}  # the same for all shares and numbers of passes
     for about in wanted:
         if about["criterion"] == "dense":
             model = subject.model
@@ -139,7 +145,7 @@ def measure(subject: Subject, wanted: Sequence[Row]) -> Iterator[tuple[Row, Row]
                 yield about, {"error": f"{type(error).__name__}: {error}"}
                 continue
         else:
-            model = prune_in_passes(subject, groups, about["criterion"], about["share"], dense_scores)
+            model = prune_in_passes(subject, groups, about["criterion"], about["share"], known)
         size = measure_size(model, subject.batches[0])
         accuracy = subject.accuracy(model)
         if recalibrate_batch_norms_(model := copy.deepcopy(model), subject.batches):
@@ -148,43 +154,61 @@ def measure(subject: Subject, wanted: Sequence[Row]) -> Iterator[tuple[Row, Row]
 
 
 def prune_in_passes(
-    subject: Subject, groups: Sequence[Group], criterion: str, share: float, dense_scores: dict[str, Scores]
+    subject: Subject, groups: Sequence[Group], criterion: str, share: float, known: dict[str, Any]
 ) -> PreTrainedModel:
     """Return a copy of a model without a share of its units, in each kind those that a criterion puts last.
 
     Args:
         subject: The model and what it works on.
         groups: The model's groups.
-        criterion: How to score.
+        criterion: How to score, in how many passes, with or without compensation.
         share: Share of the units of each kind to remove.
-        dense_scores: Scores of the dense model by criterion; what is missing is added.
+        known: Scores of the dense model by criterion, and what compensation needs; what is missing is added.
 
     Returns:
         The pruned model.
     """
-    model = copy.deepcopy(subject.model)
-    name, _, passes = criterion.partition("@")
+    name, _, passes = criterion.removesuffix("+").partition("@")
     method, _, coupling = name.partition(":")
     num_passes = int(passes or 1)
     config = dataclasses.replace(subject.config, method=method, implant_ratio=0.0, progress=False)
     if coupling:
         config = dataclasses.replace(config, coupling=coupling)
+    silenced: Callable[[Units], AbstractContextManager[None]] = partial(masked, subject.model)
+    if criterion.endswith("+"):
+        if "moments" not in known:
+            known["moments"] = Compensation.measure(subject.model, groups, subject.batches, config).moments
+        compensation = Compensation.of(subject.model, groups, known["moments"])
+        silenced = compensation.applied
+    if name not in known:
+        known[name] = score_groups(subject.model, groups, subject.batches, config)
+    scores = dataclasses.replace(known[name], gone_in={g.name: torch.zeros(g.num_units) for g in groups})
     for number in range(1, num_passes + 1):
-        if number > 1:
-            groups = find_groups(model, subject.batches[0])
-        before, after = share * (number - 1) / num_passes, share * number / num_passes
-        config = dataclasses.replace(config, prune_ratio=(after - before) / (1 - before))
-        scores = dense_scores.get(name) if number == 1 else None
-        scores = scores or score_groups(model, groups, subject.batches, config)
-        dense_scores.setdefault(name, scores)
+        config = dataclasses.replace(config, prune_ratio=share * number / num_passes)
         chosen = {
             plan.group.name: plan
             for kind in sorted({group.kind for group in groups})
             for plan in make_plan(groups, scores, dataclasses.replace(config, kinds=(kind,)))
             if plan.group.kind is kind
         }
-        apply_plan_(model, PruningPlan((tuple(chosen[group.name] for group in groups),), {}))
+        if number < num_passes:
+            with silenced([(plan.group, plan.units(PRUNE)) for plan in chosen.values()]):
+                now = score_groups(subject.model, groups, subject.batches, config)
+            scores = dataclasses.replace(now, gone_in=_gone_in(scores.gone_in, chosen.values(), number))
+    plan = PruningPlan((tuple(chosen[group.name] for group in groups),), {})
+    model = copy.deepcopy(subject.model)
+    if criterion.endswith("+"):
+        Compensation.of(model, groups, known["moments"]).apply_(plan)
+    apply_plan_(model, plan)
     return model
+
+
+def _gone_in(before: Mapping[str, Tensor], chosen: Iterable[GroupPlan], number: int) -> dict[str, Tensor]:
+    gone_in = {name: passes.clone() for name, passes in before.items()}
+    for plan in chosen:
+        passes = gone_in[plan.group.name]
+        passes[[u for u in plan.units(PRUNE) if not passes[u]]] = number
+    return gone_in
 
 
 def prune_with_peer(subject: Subject, criterion: str, share: float) -> PreTrainedModel:

@@ -201,15 +201,16 @@ def _run(material: Path, config: HapConfig, name: str, numbers: Sequence[int], t
     gc.collect()
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    before = _most_memory()
+    before = most_memory()
     runs = [list(ESTIMATORS[name](task, numbers))]
     while len(runs) < _REPEATS and len(runs) * sum(estimate.seconds for estimate in runs[0]) < _SHORT:
         runs.append(list(ESTIMATORS[name](task, numbers)))
-    memory = _most_memory() - before
+    memory = most_memory() - before
     return [replace(min(each, key=lambda e: e.seconds), mebibytes=memory) for each in zip(*runs, strict=True)]
 
 
-def _most_memory() -> float:
+def most_memory() -> float:
+    """Return the most memory that this process has had, in MiB: that of torch's on a GPU, else its resident set."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**20
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

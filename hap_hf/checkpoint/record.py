@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from hap_hf.checkpoint.loading import QUANT_METHOD, HapPlanConfig
 from hap_hf.checkpoint.vanilla import stock_config
+from hap_hf.discovery.adapters import check_no_adapters
 from hap_hf.errors import ConfigError, PlanMismatchError, UnsupportedModelError
 from hap_hf.group import Role
 from hap_hf.plan import IMPLANT, PRUNE, PruningPlan
@@ -20,6 +21,9 @@ def record_plan(model: nn.Module, plan: PruningPlan) -> None:
     A plan already there is kept and composed with the new one. Models that are no ``PreTrainedModel`` have no config
     that is saved with them; for those nothing is stored, and the caller keeps the plan.
 
+    A model whose adapters were merged by hand may still pass for one with adapters, of which ``save_pretrained`` would
+    write nothing else; that mark is taken off.
+
     Args:
         model: The pruned model.
         plan: What was done to it since the last recorded plan.
@@ -28,12 +32,15 @@ def record_plan(model: nn.Module, plan: PruningPlan) -> None:
         ConfigError: If the config's ``quantization_config`` is taken by something else.
         PlanFormatError: If the composed plan is larger than a checkpoint may carry.
         PlanMismatchError: If the composed plan does not describe the model.
+        UnsupportedModelError: If the model has adapters.
     """
     if not isinstance(model, PreTrainedModel):
         return
     composed = _compose(model, plan)
     check_described(model, composed)
     model.config.quantization_config = HapPlanConfig(composed).to_dict()
+    for name in ("_hf_peft_config_loaded", "peft_config"):
+        vars(model).pop(name, None)
 
 
 def check_recordable(model: nn.Module, plan: PruningPlan | None = None) -> None:
@@ -47,6 +54,7 @@ def check_recordable(model: nn.Module, plan: PruningPlan | None = None) -> None:
         ConfigError: If the config's ``quantization_config`` is taken by something else.
         PlanFormatError: If the composed plan is larger than a checkpoint may carry.
         PlanMismatchError: If the model is not what the plan recorded so far describes.
+        UnsupportedModelError: If the model has adapters, whose layers have other names than the plan's.
     """
     _compose(model, plan or PruningPlan(()))
     before = plan_of(model)
@@ -90,9 +98,11 @@ def save_pruned(
         **save_pretrained_kwargs: Passed on.
 
     Raises:
-        UnsupportedModelError: If the model has no ``save_pretrained`` of transformers.
+        UnsupportedModelError: If the model has no ``save_pretrained`` of transformers, or adapters, which that would
+            save alone.
         ConfigError: If no plan is recorded, or if no stock config expresses the pruned shapes; the message says why.
     """
+    check_no_adapters(model)
     if not isinstance(model, PreTrainedModel):
         raise UnsupportedModelError(
             f"expected a transformers PreTrainedModel, got {type(model).__name__}; save its state_dict and the plan"
@@ -126,6 +136,7 @@ def _compose(model: nn.Module, plan: PruningPlan) -> PruningPlan:
     Raises:
         ConfigError: If the config's ``quantization_config`` is taken by something else.
     """
+    check_no_adapters(model)
     slot = _slot_of(model)
     if slot is not None and _method_of(slot) != QUANT_METHOD:
         raise ConfigError(

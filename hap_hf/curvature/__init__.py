@@ -2,20 +2,22 @@
 
 from hap_hf.curvature.finite_difference import FiniteDifference
 from hap_hf.curvature.forward_over_reverse import ForwardOverReverse
-from hap_hf.curvature.ggn import estimate_fisher, estimate_ggn
+from hap_hf.curvature.ggn import estimate_fisher, estimate_ggn, ggn_directions
 from hap_hf.curvature.hutchinson import CurvatureOf, DoubleBackward, TraceEstimate, estimate_traces
 from hap_hf.curvature.hvp import accumulation_dtype, differentiable_gradient, hvp
 from hap_hf.curvature.layer_watch import Marginals, Wanted
 from hap_hf.curvature.marginals import Statistic, squared, times_weights
 from hap_hf.curvature.probes import ProbeSource, rademacher, seeded_generator
 from hap_hf.curvature.remainder import LinearisedLosses, Losses
-from hap_hf.curvature.sample_means import ReduceSamples, SampleBatch, SampleEstimate
+from hap_hf.curvature.sample_means import Directions, Forward, ReduceSamples, SampleBatch, SampleEstimate
 from hap_hf.curvature.state import preserved, renew_caches
 
 __all__ = [
     "CurvatureOf",
+    "Directions",
     "DoubleBackward",
     "FiniteDifference",
+    "Forward",
     "ForwardOverReverse",
     "LinearisedLosses",
     "Losses",
@@ -32,6 +34,7 @@ __all__ = [
     "estimate_fisher",
     "estimate_ggn",
     "estimate_traces",
+    "ggn_directions",
     "hvp",
     "preserved",
     "rademacher",

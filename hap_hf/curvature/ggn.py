@@ -9,7 +9,15 @@ from torch import Tensor, nn
 from hap_hf.curvature.batch_loss import Total, of_all_batches
 from hap_hf.curvature.layer_watch import Wanted
 from hap_hf.curvature.layers import NotPerSampleError
-from hap_hf.curvature.sample_means import Direction, Forward, ReduceSamples, SampleBatch, SampleEstimate, SampleMeans
+from hap_hf.curvature.sample_means import (
+    Direction,
+    Directions,
+    Forward,
+    ReduceSamples,
+    SampleBatch,
+    SampleEstimate,
+    SampleMeans,
+)
 from hap_hf.errors import UnsupportedModelError
 
 SignSource = Callable[[Mapping[str, Tensor], int, int], Mapping[str, Tensor]]
@@ -79,8 +87,21 @@ def estimate_ggn(
         CurvatureError: If a loss or a gradient is not finite, or the loss does not depend on the weights.
         UnsupportedModelError: If the loss is not computed from the model's outputs, or its Hessian is of unknown kind.
     """
-    directions = partial(_signed, signs, num_probes) if num_probes else _columns
+    directions = ggn_directions(signs, num_probes)
     return SampleMeans(model, wanted, reduce, directions, loss_scale).over(batches, on_batch, total)
+
+
+def ggn_directions(signs: SignSource, num_probes: int | None) -> Directions:
+    """Return the vectors v_t of :func:`estimate_ggn`, from which backward passes start.
+
+    Args:
+        signs: Source of signs.
+        num_probes: Number of backward passes for each forward pass; None for one a column of S_t.
+
+    Returns:
+        The vectors by forward pass.
+    """
+    return partial(_signed, signs, num_probes) if num_probes else _columns
 
 
 def estimate_fisher(

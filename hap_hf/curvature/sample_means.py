@@ -111,6 +111,9 @@ _NUM_CHECKED = 4
 Direction = tuple[float, list[Tensor] | None]
 """A factor, and a vector for each output, or None for the gradient of the loss."""
 
+Directions = Callable[[Forward], Iterator[Direction]]
+"""What to go back from, of a forward pass."""
+
 
 class SampleMeans:
     """What the per-sample gradients of some batches tell, added up.
@@ -128,7 +131,7 @@ class SampleMeans:
         model: nn.Module,
         wanted: Wanted,
         reduce: ReduceSamples,
-        directions: Callable[[Forward], Iterator[Direction]],
+        directions: Directions,
         loss_scale: float,
     ) -> None:
         self.model, self.wanted, self.reduce = model, wanted, reduce

@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from hap_hf.batches import batch_size, call, few_samples, move_to_model
 from hap_hf.curvature.state import preserved
 from hap_hf.discovery.acceptance import accept
+from hap_hf.discovery.adapters import check_no_adapters
 from hap_hf.discovery.families import find_candidates
 from hap_hf.discovery.record import record
 from hap_hf.errors import BatchError, UnsupportedModelError
@@ -34,14 +35,15 @@ def find_groups(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Group, ...]
     line.
 
     Args:
-        model: The model, which is left as found. It must not be wrapped, compiled or quantized.
+        model: The model, which is left as found. It must not be wrapped, compiled or quantized, nor hold adapters.
         batch: Keyword arguments of its forward, as a collator gives them; two samples are used.
 
     Returns:
         The groups in the order in which the model runs.
 
     Raises:
-        UnsupportedModelError: If the model is wrapped, compiled, quantized or on ``meta``, or nothing is found.
+        UnsupportedModelError: If the model is wrapped, compiled, quantized, with adapters or on ``meta``, or nothing is
+            found.
         BatchError: If ``batch`` is no mapping with tensors, or the model does not run on it.
     """
     check_bare(model)
@@ -95,7 +97,7 @@ def check_bare(model: nn.Module) -> None:
         model: The model.
 
     Raises:
-        UnsupportedModelError: If it is wrapped, compiled, quantized or without storage.
+        UnsupportedModelError: If it is wrapped, compiled, quantized, with adapters or without storage.
     """
     wrappers = ("DataParallel", "DistributedDataParallel", "FullyShardedDataParallel", "DeepSpeedEngine")
     name = type(model).__name__
@@ -107,11 +109,7 @@ def check_bare(model: nn.Module) -> None:
         raise UnsupportedModelError("got a compiled model; prune the original, then call torch.compile on the result")
     if getattr(model, "hf_quantizer", None) is not None or getattr(model, "is_quantized", False):
         raise UnsupportedModelError(f"got a quantized {name}; prune in floating point first, then quantize the result")
-    if getattr(model, "peft_config", None) or getattr(model, "_hf_peft_config_loaded", False):
-        raise UnsupportedModelError(
-            f"got a {name} with live adapters; merge them first (model.merge_and_unload()), or prune first and add "
-            "adapters to the result"
-        )
+    check_no_adapters(model)
     tensors = dict(model.named_parameters())
     if not tensors:
         raise UnsupportedModelError(f"{name} has no parameters")

@@ -7,15 +7,16 @@ from dataclasses import replace
 from functools import partial
 from itertools import islice
 from operator import length_hint
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from hap_hf.errors import BatchError
-from hap_hf.scores.sensitivity import Scores
 from hap_hf.scores.task import ScoringTask, num_samples
+
+T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
@@ -23,18 +24,18 @@ _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC
 """What the messages of plain ``RuntimeError`` say, by whichever allocator."""
 
 
-def in_batches_that_fit(criterion: Callable[[ScoringTask], Scores], task: ScoringTask) -> Scores:
+def in_batches_that_fit(criterion: Callable[[ScoringTask], T], task: ScoringTask) -> T:
     """Return what ``criterion`` makes of ``task``, starting anew with batches cut in halves when memory runs out.
 
     Each part counts by its own number of loss terms, so the scores are those of smaller batches from the beginning.
     They estimate the same, unless the loss of a sample depends on the other samples of its batch.
 
     Args:
-        criterion: How to score.
+        criterion: How to score, or what else there is to measure.
         task: What to score, on what.
 
     Returns:
-        The scores.
+        What it makes of it.
 
     Raises:
         BatchError: If memory runs out on a single sample, or on a batch that cannot be cut or not be drawn again.

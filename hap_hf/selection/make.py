@@ -149,6 +149,7 @@ def _provenance(scores: Scores, config: HapConfig, threshold: float) -> dict[str
         "num_batches": scores.num_batches,
         "num_loss_terms": scores.num_loss_terms,
         "num_passes": config.passes,
+        "compensate": config.compensates,
         "coupling": config.coupling.value,
         "precision": config.precision.value,
         "seed": config.seed,

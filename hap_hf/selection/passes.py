@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from hap_hf.compensation import Compensation
 from hap_hf.config import HapConfig
 from hap_hf.errors import ConfigError
 from hap_hf.group import Group
@@ -30,6 +31,7 @@ def score_in_passes(
     config: HapConfig,
     *,
     loss_fn: LossFunction | None = None,
+    compensation: Compensation | None = None,
     processes: Processes = ALONE,
 ) -> Scores:
     """Score, silence the least sensitive units, and score the others anew, until the share that goes is reached.
@@ -37,7 +39,8 @@ def score_in_passes(
     A score says what the removal of one unit would cost while all others are there. Where one layer's units all stand
     in for each other, each of them alone looks dispensable, and all of them go: whole layers collapse. So the share
     rises in ``config.passes`` equal steps, and each step takes what is least sensitive without the units of the
-    steps before, which are zeroed where they are read. No weight is changed.
+    steps before, which are zeroed where they are read. With ``config.compensates`` what reads the others makes up for
+    them, so that the next step sees what compensation cannot do. The model is left as found.
 
     Reference: Molchanov et al., "Importance Estimation for Neural Network Pruning", CVPR 2019, who prune and score in
     turns; here without training in between.
@@ -48,6 +51,7 @@ def score_in_passes(
         batches: As for :func:`~hap_hf.scores.score_groups`.
         config: How much goes, in how many passes, and how to score.
         loss_fn: As for :func:`~hap_hf.scores.score_groups`.
+        compensation: What is known of the model's layers; measured on the same batches where it is needed and missing.
         processes: As for :func:`~hap_hf.scores.score_groups`.
 
     Returns:
@@ -64,6 +68,9 @@ def score_in_passes(
     scores = score()
     if not scores.num_batches:  # what looks at the weights alone would come out as before
         return scores
+    if config.compensates and config.passes > 1 and compensation is None:
+        compensation = Compensation.measure(model, chosen, used, config, loss_fn=loss_fn, processes=processes)
+    silenced = partial(masked, model) if compensation is None else compensation.applied
     for number in range(1, config.passes):
         try:
             plan = make_plan(groups, scores, _config_of_pass(config, number))
@@ -71,7 +78,7 @@ def score_in_passes(
             logger.debug("pass %d of %d takes nothing: %s", number, config.passes, reason)
             continue
         gone = [(g.group, g.units(PRUNE)) for g in plan]
-        with masked(model, gone):
+        with silenced(gone):
             scores = _merged(scores, score(), plan, number)
     return scores
 

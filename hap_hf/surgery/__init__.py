@@ -2,6 +2,7 @@
 
 from hap_hf.surgery.apply import TensorChange, apply_plan_, check_plan, undo_
 from hap_hf.surgery.calibration import collect_input_moments
+from hap_hf.surgery.freezing import checked_patterns, train_only_implants_
 from hap_hf.surgery.implant import ImplantLinear
 from hap_hf.surgery.implant_conv import ImplantConv2d
 from hap_hf.surgery.optimizer import carry_optimizer_state_
@@ -15,9 +16,11 @@ __all__ = [
     "apply_plan_",
     "carry_optimizer_state_",
     "check_plan",
+    "checked_patterns",
     "collect_input_moments",
     "interrupts_deferred",
     "recalibrate_batch_norms_",
+    "train_only_implants_",
     "undo_",
     "undone_on_error",
 ]

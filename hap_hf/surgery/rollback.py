@@ -32,7 +32,12 @@ def undone_on_error(model: nn.Module, optimizer: Optimizer | None = None) -> Gen
     contents = [(c, c.copy()) for _, own in attributes for c in own.values() if type(c) in _CONTAINERS]
     flags = [(p, p.requires_grad, p.grad) for p in model.parameters()]
     buffers = [(b, b.detach().clone()) for b in model.buffers()]
-    groups = [] if optimizer is None else [(group["params"], list(group["params"])) for group in optimizer.param_groups]
+    lists = [
+        (group[key], list(group[key]))
+        for group in (optimizer.param_groups if optimizer is not None else [])
+        for key in ("params", "param_names")
+        if key in group
+    ]
     state = {} if optimizer is None else dict(optimizer.state)
     try:
         yield
@@ -48,8 +53,8 @@ def undone_on_error(model: nn.Module, optimizer: Optimizer | None = None) -> Gen
                 for buffer, value in buffers:
                     if not buffer.is_meta and not torch.equal(buffer, value):
                         buffer.copy_(value)
-            for params, old in groups:
-                params[:] = old
+            for entries, old in lists:
+                entries[:] = old
             if optimizer is not None:
                 optimizer.state.clear()
                 optimizer.state.update(state)

@@ -1,6 +1,5 @@
 """The callback that prunes."""
 
-import inspect
 import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -8,7 +7,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
 from hap_hf.config import HapConfig
@@ -18,10 +17,14 @@ from hap_hf.pipeline import Round, prune_round
 from hap_hf.report import PruningReport
 from hap_hf.selection.rounds import Amounts
 from hap_hf.trainer.best_model import forget_best_
+from hap_hf.trainer.calling import calling_trainer
+from hap_hf.trainer.compiled import check_compiled, uncompiled
 from hap_hf.trainer.distributed import check_arguments, check_wrapping, processes_of, pruning_together, rewrap_
+from hap_hf.trainer.freezing import check_beginning, check_freezing, freeze_the_rest_
+from hap_hf.trainer.optimizers import bare_optimizer, check_optimizer
 from hap_hf.trainer.progress import is_result_of, progress_from_dict, progress_to_dict, saved_progress
 from hap_hf.trainer.rebuilding import rebuild_before_loading
-from hap_hf.trainer.scoring import scoring_batches, trainer_loss, without_autocast
+from hap_hf.trainer.scoring import check_training_data, scoring_batches, trainer_loss, without_autocast
 
 logger = logging.getLogger(__name__)
 
@@ -56,12 +59,14 @@ class HessianPruner(TrainerCallback, ExportableState):
         interval: Steps or epochs between rounds.
         batches: Batches to score on instead of the Trainer's training data, the same in every process.
         loss_fn: Loss to score with instead of the Trainer's, called with the model and a batch.
+        train_only_implants: Freeze the rest after the last round, as :func:`hap_hf.train_only_implants_` does.
+        also_train: Glob patterns of modules and parameters that are then trained beside the implants.
 
     Attributes:
         reports: The report of each round so far.
 
     Raises:
-        ConfigError: If ``step`` and ``epoch`` are both given, or a number is below 1.
+        ConfigError: If ``step`` and ``epoch`` are both given, a number is below 1, or implants cannot be trained alone.
     """
 
     def __init__(
@@ -74,6 +79,8 @@ class HessianPruner(TrainerCallback, ExportableState):
         interval: int = 1,
         batches: Iterable[Mapping[str, Any]] | None = None,
         loss_fn: LossFunction | None = None,
+        train_only_implants: bool = False,
+        also_train: Iterable[str] = (),
     ) -> None:
         if step is not None and epoch is not None:
             raise ConfigError(f"expected at most one of step and epoch, got step={step} and epoch={epoch}")
@@ -85,6 +92,8 @@ class HessianPruner(TrainerCallback, ExportableState):
         self.epoch = epoch
         self.num_rounds = num_rounds
         self.interval = interval
+        self.train_only_implants = train_only_implants
+        self.also_train = check_freezing(self.config, train_only_implants, also_train)
         self.reports: list[PruningReport] = []
         self._batches = batches
         self._loss_fn = loss_fn
@@ -99,7 +108,7 @@ class HessianPruner(TrainerCallback, ExportableState):
             control: Unused.
             **kwargs: Unused.
         """
-        rebuild_before_loading(_calling_trainer(), type(self))
+        rebuild_before_loading(calling_trainer(), type(self))
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -117,16 +126,22 @@ class HessianPruner(TrainerCallback, ExportableState):
             ConfigError: If a round would fall behind the end of the training.
         """
         check_arguments(args)
-        trainer = _calling_trainer()
+        trainer = calling_trainer()
         check_wrapping(trainer, kwargs["model"])
         rewrap_(trainer)  # an earlier training may have left it behind a model that was pruned since
         processes = processes_of(args)
         with processes.agreeing("the beginning of the training"):
             self._go_on(state, **kwargs)
             self._check_schedule(args, state)
+            if self._done < self.num_rounds:
+                check_compiled(trainer, kwargs["model"])
+                check_optimizer(kwargs["optimizer"], kwargs["model"])
+                check_training_data(kwargs["train_dataloader"], self.config, needed=self._batches is None)
+            check_beginning(kwargs["model"], self.num_rounds - self._done, self.also_train)
         settings = self.state()["args"]
         settings = {**settings.pop("config"), **settings, "given": self._given(), "rounds done": self._done}
         processes.check_same("settings of HessianPruner", settings, "start every process with the same script")
+        self._freeze_if_done(**kwargs)
         # Rounds between a checkpoint and its next step come here too: those of an epoch's end come after its last save.
         self._round_if_due(state.global_step if self.step is not None else int(state.epoch or 0), args, state, **kwargs)
 
@@ -189,8 +204,9 @@ class HessianPruner(TrainerCallback, ExportableState):
 
     def state(self) -> dict[str, Any]:
         """Return what the Trainer writes to ``trainer_state.json``: the settings and the rounds done."""
-        schedule = {name: getattr(self, name) for name in ("step", "epoch", "num_rounds", "interval")}
-        return {"args": {"config": self.config.to_dict(), **schedule}, "attributes": {"progress": self.progress}}
+        names = ("step", "epoch", "num_rounds", "interval", "train_only_implants", "also_train")
+        settings = {name: getattr(self, name) for name in names}
+        return {"args": {"config": self.config.to_dict(), **settings}, "attributes": {"progress": self.progress}}
 
     @property
     def progress(self) -> Mapping[str, Any]:
@@ -211,7 +227,7 @@ class HessianPruner(TrainerCallback, ExportableState):
 
     def _go_on(self, state: TrainerState, **kwargs: Any) -> None:
         """Find out which rounds the model has behind it: those of the checkpoint, of the last training, or none."""
-        saved = saved_progress(_calling_trainer(), self, state)
+        saved = saved_progress(calling_trainer(), self, state)
         if saved is not None:
             self.progress = saved
         if not is_result_of(self.reports, kwargs["model"]):
@@ -235,10 +251,10 @@ class HessianPruner(TrainerCallback, ExportableState):
             self._round(args, state, **kwargs)
 
     def _round(self, args: TrainingArguments, state: TrainerState, **kwargs: Any) -> None:
-        trainer = _calling_trainer()
+        trainer = calling_trainer()
         place = Round(self._done + 1, self.num_rounds, self._start)
-        optimizer = kwargs["optimizer"]
-        with without_autocast(kwargs["model"]), pruning_together(trainer, kwargs["model"]) as processes:
+        model = kwargs["model"]
+        with uncompiled(trainer), without_autocast(model), pruning_together(trainer, model) as processes:
             if self._batches is None:
                 loader = kwargs["train_dataloader"]
                 batches = scoring_batches(
@@ -247,21 +263,26 @@ class HessianPruner(TrainerCallback, ExportableState):
             else:
                 batches = processes.share(islice(self._batches, self.config.max_batches))
             result = prune_round(
-                kwargs["model"],
+                model,
                 batches,
                 self.config if state.is_local_process_zero else replace(self.config, progress=False),
                 place,
                 loss_fn=self._loss_fn or trainer_loss(trainer),
-                optimizer=getattr(optimizer, "optimizer", optimizer),  # accelerate wraps what holds the parameters
+                optimizer=bare_optimizer(kwargs["optimizer"]),
                 processes=processes,
             )
         self._start = result.start
         self.reports.append(result.report)
+        self._freeze_if_done(**kwargs)
         forget_best_(state, kwargs["lr_scheduler"])
         with processes.agreeing("reporting"):
             trainer.log(result.report.to_log())
             if state.is_world_process_zero:
                 self._write(result.report, Path(args.output_dir or "."))
+
+    def _freeze_if_done(self, **kwargs: Any) -> None:
+        if self.train_only_implants and self._done >= self.num_rounds:
+            freeze_the_rest_(calling_trainer(), kwargs["model"], kwargs["optimizer"], self.also_train)
 
     def _write(self, report: PruningReport, folder: Path) -> None:
         try:
@@ -270,23 +291,3 @@ class HessianPruner(TrainerCallback, ExportableState):
                 report.save(folder / f"pruning_round_{self._done}")
         except OSError as error:  # a full disk must not cost the training, and the log and checkpoints have it all
             logger.warning("the pruning report could not be written to %s: %s; it is in reports", folder, error)
-
-
-def _calling_trainer() -> Trainer:
-    """Return the Trainer that called the callback.
-
-    Callback events are given everything but the Trainer itself, which alone knows its loss and how to log.
-
-    Returns:
-        The Trainer.
-
-    Raises:
-        ConfigError: If no Trainer called.
-    """
-    frame = inspect.currentframe()
-    while frame is not None:
-        owner = frame.f_locals.get("self")
-        if isinstance(owner, Trainer):
-            return owner
-        frame = frame.f_back
-    raise ConfigError("HessianPruner must be called by a transformers Trainer; outside of one, use hap_hf.prune")

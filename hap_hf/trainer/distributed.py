@@ -106,16 +106,19 @@ def pruning_together(trainer: Trainer, model: nn.Module) -> Generator[Processes]
     rewrap_(trainer)
 
 
-def rewrap_(trainer: Trainer) -> None:
+def rewrap_(trainer: Trainer, *, anew: bool = False) -> None:
     """Let the Trainer's ``DistributedDataParallel`` average the gradients of the parameters that its module has now.
 
     It is built anew with accelerate's settings, in place: the training loop holds it in a local variable.
 
     Args:
         trainer: The Trainer.
+        anew: Whether to do so with the same parameters, too, of which others require gradients now.
     """
     wrapper = _wrapper_of(trainer)
-    if wrapper is None or list(map(id, wrapper._module_parameters)) == list(map(id, wrapper.module.parameters())):
+    if wrapper is None:
+        return
+    if not anew and list(map(id, wrapper._module_parameters)) == list(map(id, wrapper.module.parameters())):
         return
     before = dict(vars(wrapper))
     # Parameters that surgery left alone would tell the old reducer of their gradients for as long as anything holds it.

@@ -144,7 +144,7 @@ def _missing_rounds(model: nn.Module, plan: PruningPlan, folder: Path) -> Prunin
         ConfigError: If something else, or more, was done to the model.
     """
     own = plan_of(model)
-    if not isinstance(model, PreTrainedModel):
+    if own is None and not isinstance(model, PreTrainedModel):
         own = plan if is_described(model, plan) else None
     done = () if own is None else own.stages
     if plan.stages[: len(done)] != done:

@@ -1,10 +1,13 @@
 """What the callback scores with: the Trainer's loss, batches of its data, the precision of the config."""
 
+import copy
+import random
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
-from itertools import islice
+from itertools import count, islice
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate.data_loader import IterableDatasetShard  # type: ignore[import-untyped]
 from torch import Tensor, nn
@@ -12,7 +15,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer
 
 from hap_hf.config import HapConfig
-from hap_hf.errors import BatchError
+from hap_hf.errors import BatchError, ConfigError
 from hap_hf.losses import LossFunction
 from hap_hf.processes import ALONE, Processes
 
@@ -45,15 +48,32 @@ def trainer_loss(trainer: Trainer) -> LossFunction:
         trainer: The Trainer.
 
     Returns:
-        The mean loss of a batch, with label smoothing or ``compute_loss_func`` as in training.
+        The mean loss of a batch, with label smoothing, ``compute_loss_func`` or a ``compute_loss`` of the Trainer's own
+        as in training, where they are told how many items the batch has.
     """
+    own = trainer.compute_loss_func is not None or type(trainer).compute_loss is not Trainer.compute_loss
 
     def loss(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
-        # compute_loss takes the labels out of the mapping it is given.
-        value = trainer.compute_loss(model, dict(batch))
+        with _one_process(trainer):
+            # Others take the mean themselves, which is the same but for rounding.
+            items = trainer.get_batch_samples(iter([batch]), 1, trainer.args.device)[1] if own else None
+            # compute_loss takes the labels out of the mapping it is given.
+            value = trainer.compute_loss(model, dict(batch), num_items_in_batch=items)
         return value[0] if isinstance(value, tuple) else value
 
     return loss
+
+
+@contextmanager
+def _one_process(trainer: Trainer) -> Generator[None]:
+    """Let ``trainer`` compute a loss inside the block as if there were no other processes to add theirs."""
+    args = trainer.args
+    averaged = args.average_tokens_across_devices
+    args.average_tokens_across_devices = False
+    try:
+        yield
+    finally:
+        args.average_tokens_across_devices = averaged
 
 
 def scoring_batches(
@@ -66,8 +86,9 @@ def scoring_batches(
 ) -> Iterator[Mapping[str, Any]]:
     """Yield the training batches that :class:`HessianPruner` scores on.
 
-    A loader of its own, in an order that only ``config.seed`` decides: reading the Trainer's would move its sampler
-    and change the training.
+    In an order that only ``config.seed`` decides, as are the random numbers that the data or the collator draws:
+    reading the Trainer's loader would move its sampler and change the training. Of a stream, a copy is read from where
+    it is.
 
     Args:
         dataset: The training data.
@@ -82,14 +103,96 @@ def scoring_batches(
     Raises:
         BatchError: If the data is empty.
     """
-    if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
-        dataset = dataset.dataset if isinstance(dataset, IterableDatasetShard) else dataset
-        whole = DataLoader(dataset, batch_size=batch_size, collate_fn=collate_fn)
-        yield from processes.share(islice(whole, config.max_batches))
+    if _is_stream(dataset):
+        stream = _copy_of(dataset)
+        # A loader, too, draws a number when it starts.
+        loader = DataLoader(stream, batch_size, collate_fn=collate_fn, generator=torch.Generator())
+        with _random_numbers_of(config.seed, 0):
+            batches = iter(loader)
+        yield from processes.share(islice(_drawn(batches, config.seed), config.max_batches))
         return
     if len(dataset) == 0:
         raise BatchError("expected training data to score on, got an empty dataset")
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(config.seed)).tolist()
     most = len(order) if config.max_batches is None else config.max_batches * batch_size
     for start in processes.share(range(0, min(len(order), most), batch_size)):
-        yield collate_fn([dataset[i] for i in order[start : start + batch_size]])
+        with _random_numbers_of(config.seed, start // batch_size):
+            batch = collate_fn([dataset[i] for i in order[start : start + batch_size]])
+        yield batch
+
+
+def check_training_data(loader: Any, config: HapConfig, *, needed: bool = True) -> None:
+    """Check that :func:`scoring_batches` can make batches of the training data.
+
+    Args:
+        loader: The Trainer's loader.
+        config: Settings.
+        needed: Whether it is what is scored on.
+
+    Raises:
+        ConfigError: If the loader does not tell what batches are made of, or a stream cannot be copied or has no end.
+    """
+    if not needed:
+        return
+    if getattr(loader, "dataset", None) is None or getattr(loader, "batch_sampler", None) is None:
+        raise ConfigError(
+            f"the training data is a {type(loader).__name__} that does not make batches of single samples, so "
+            "HessianPruner cannot draw some of its own; pass it batches to score on: HessianPruner(config, batches=...)"
+        )
+    if not _is_stream(loader.dataset):
+        return
+    if config.max_batches is None:
+        raise ConfigError(
+            f"max_batches=None asks for all batches of the training data, and {type(loader.dataset).__name__} has no "
+            "length and may have no end; set max_batches, or pass HessianPruner(config, batches=...)"
+        )
+    _copy_of(loader.dataset)
+
+
+def _is_stream(dataset: Any) -> bool:
+    return isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__")
+
+
+def _copy_of(stream: Any) -> Any:
+    stream = stream.dataset if isinstance(stream, IterableDatasetShard) else stream
+    try:
+        return copy.deepcopy(stream)
+    except Exception as error:  # whatever objects of the user's raise that can only be read once
+        raise ConfigError(
+            f"the training data is a {type(stream).__name__} without a length, of which HessianPruner scores on a "
+            f"copy, so that the training misses no sample, and it cannot be copied ({error}); keep generators and open "
+            "files out of its attributes, or pass HessianPruner(config, batches=...)"
+        ) from error
+
+
+def _drawn(batches: Iterator[Mapping[str, Any]], seed: int) -> Iterator[Mapping[str, Any]]:
+    for number in count():
+        with _random_numbers_of(seed, number):
+            batch = next(batches, None)
+        if batch is None:
+            return
+        yield batch
+
+
+@contextmanager
+def _random_numbers_of(seed: int, number: int) -> Generator[None]:
+    """Let the random numbers inside the block depend on ``seed`` and ``number``, and those behind it not on the block.
+
+    Args:
+        seed: The config's.
+        number: Number of the batch that is made.
+
+    Yields:
+        Nothing.
+    """
+    own = int(torch.randint(2**32, (number + 1,), generator=torch.Generator().manual_seed(seed))[-1])
+    python, legacy = random.getstate(), np.random.get_state()  # ruff: ignore[numpy-legacy-random]
+    try:
+        with torch.random.fork_rng([]):
+            torch.default_generator.manual_seed(own)
+            random.seed(own)
+            np.random.seed(own)  # ruff: ignore[numpy-legacy-random]
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(legacy)  # ruff: ignore[numpy-legacy-random]

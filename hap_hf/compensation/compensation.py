@@ -1,0 +1,176 @@
+"""Making up for units that go, in the weights that read those that stay."""
+
+import logging
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from hap_hf.compensation.fit import Fit, fit_removed
+from hap_hf.compensation.moments import weighted_moments
+from hap_hf.compensation.readers import Reader, parameter, readers_of
+from hap_hf.config import HapConfig
+from hap_hf.group import Group, Role
+from hap_hf.losses import LossFunction, model_loss
+from hap_hf.plan import PRUNE, PruningPlan
+from hap_hf.processes import ALONE, Processes
+from hap_hf.scores import ScoringTask
+from hap_hf.scores.memory import in_batches_that_fit
+from hap_hf.surgery.apply import TensorChange
+from hap_hf.surgery.masking import Units, channels, masked
+from hap_hf.surgery.values import replace_values_, replaced_values
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Compensation:
+    """What is known of the inputs of the layers that read units, and the weights that follow when some units go.
+
+    A layer that reads what is left can give back much of what it read of the others, as far as that can be told from
+    what is left: :func:`~hap_hf.compensation.fit.fit_removed` says how. Layers are treated one by one, on the inputs
+    that they have in the model with all its units. No shape changes, so that checkpoints are those of any pruned model.
+
+    Args:
+        model: The model with all its units.
+        readers: The layers that read units.
+        moments: The second moments of their inputs by name of the layer, see
+            :func:`~hap_hf.compensation.moments.weighted_moments`.
+        processes: The processes that prune together.
+    """
+
+    model: nn.Module
+    readers: Sequence[Reader]
+    moments: Mapping[str, Tensor]
+    processes: Processes = ALONE
+
+    @classmethod
+    def measure(
+        cls,
+        model: nn.Module,
+        groups: Sequence[Group],
+        batches: Iterable[Mapping[str, Any]],
+        config: HapConfig,
+        *,
+        loss_fn: LossFunction | None = None,
+        processes: Processes = ALONE,
+    ) -> Self:
+        """Measure what the layers of ``model`` read.
+
+        Args:
+            model: The model that the groups were found in; left exactly as found.
+            groups: Groups whose units may go.
+            batches: As for :func:`~hap_hf.scores.score_groups`, and so are all others.
+            config: How derivatives are computed.
+            loss_fn: Mean loss of the model on a batch.
+            processes: The processes that prune together.
+
+        Returns:
+            What was measured. It takes ``8 n^2`` bytes (16 for float64 models) for each layer that reads n features.
+
+        Raises:
+            BatchError: If there are no batches, or they hold no loss terms.
+            CurvatureError: If a loss or a derivative is not finite.
+            UnsupportedModelError: If the loss is not computed from the model's outputs, or of unknown kind.
+        """
+        task = ScoringTask(model, groups, batches, config, loss_fn or model_loss, processes)
+        paths = [r.path for r in readers_of(model, groups)]
+        moments = in_batches_that_fit(lambda t: weighted_moments(t, paths), task)
+        return cls.of(model, groups, moments, processes=processes)
+
+    @classmethod
+    def of(
+        cls, model: nn.Module, groups: Sequence[Group], moments: Mapping[str, Tensor], *, processes: Processes = ALONE
+    ) -> Self:
+        """Return the compensation of a model of which the moments are known.
+
+        Args:
+            model: The model, or a copy of the one that was measured.
+            groups: Its groups.
+            moments: What was measured.
+            processes: The processes that prune together.
+
+        Returns:
+            The compensation.
+        """
+        return cls(model, readers_of(model, groups), moments, processes)
+
+    def values(self, gone: Units) -> dict[str, Tensor]:
+        """Return the weights and biases that make up for units.
+
+        Args:
+            gone: All units that go from the model with all its units.
+
+        Returns:
+            New values by name of the parameter, for the layers that read some of these units. The columns that read
+            them are as they were.
+        """
+        removed = channels(gone, {Role.CONSUMER})
+        values: dict[str, Tensor] = {}
+        fits = []
+        for reader in self.readers:
+            if reader.path not in self.moments or not removed.get(reader.path):
+                continue
+            halves = self.moments[reader.path]
+            rows = torch.cat([_rows(parameter(self.model, n), dim) for n, dim in reader.inputs.items()])
+            index = torch.tensor(sorted(set(removed[reader.path])), device=halves.device)
+            fit = fit_removed(halves, index, rows, constant=reader.takes_constant)
+            values |= self._values(reader, fit)
+            if fit is not None:
+                fits.append(fit)
+        self.processes.adopt_first_("compensated weights", values.values())
+        if fits:
+            left = sum(f.unexplained for f in fits) / len(fits)
+            logger.debug(
+                "compensation of %d layers: %.0f%% of what they lose is left on average", len(fits), 100 * left
+            )
+        return values
+
+    def _values(self, reader: Reader, fit: Fit | None) -> dict[str, Tensor]:
+        values, start = {}, 0
+        for name, dim in reader.inputs.items():
+            values[name] = parameter(self.model, name).detach().clone()
+            columns = values[name].movedim(dim, -1)
+            number = columns[..., 0].numel()
+            if fit is not None:
+                added = fit.weights[start : start + number].to(columns.device)
+                wide = columns.double().flatten(0, -2).index_add(1, fit.kept.to(columns.device), added)
+                columns.copy_(wide.view_as(columns))
+            start += number
+        if reader.takes_constant:
+            bias = parameter(self.model, reader.bias).detach()
+            values[reader.bias] = bias if fit is None else (bias + fit.constants.to(bias.device)).to(bias.dtype)
+        return values
+
+    @contextmanager
+    def applied(self, gone: Units) -> Generator[None]:
+        """Silence units and make up for them inside the block.
+
+        Args:
+            gone: All units that are gone by then.
+
+        Yields:
+            Nothing.
+        """
+        units = [(group, list(indices)) for group, indices in gone]
+        with replaced_values(self.model, self.values(units)), masked(self.model, units):
+            yield
+
+    def apply_(self, plan: PruningPlan) -> tuple[TensorChange, ...]:
+        """Make up for the units that a plan is about to prune.
+
+        Args:
+            plan: A plan of one stage, not applied yet.
+
+        Returns:
+            The parameters that were replaced, for :func:`hap_hf.surgery.carry_optimizer_state_`.
+        """
+        return replace_values_(self.model, self.values([(g.group, g.units(PRUNE)) for g in plan]))
+
+
+def _rows(weight: Tensor, dim: int) -> Tensor:
+    """Return a weight as a matrix with a column for each input, ``[outputs * taps, inputs]``."""
+    return weight.detach().movedim(dim, -1).flatten(0, -2)

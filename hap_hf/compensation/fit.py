@@ -1,0 +1,113 @@
+"""What is predictable of some inputs of a layer from its other inputs."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+RIDGES = (1.0, 1e-1, 1e-2, 1e-3, 1e-4)
+"""Strengths of regularisation to choose from, relative to the mean second moment of an input."""
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What is to be added to the weights of a layer when some of its inputs go.
+
+    Args:
+        kept: Indices of the inputs that stay, ``[num_kept]``.
+        weights: For these inputs, ``[outputs, num_kept]``, float64.
+        constants: For the bias, ``[outputs]``, float64.
+        unexplained: Share that is left of the second moment of what the layer made of the removed inputs, on samples
+            that were not fitted.
+    """
+
+    kept: Tensor
+    weights: Tensor
+    constants: Tensor
+    unexplained: float
+
+
+def fit_removed(halves: Tensor, removed: Tensor, rows: Tensor, *, constant: bool) -> Fit | None:
+    r"""Return how what a layer made of its removed inputs x_R is best made of the kept ones x_K.
+
+    Ridge regression: ``D`` and ``c`` minimise ``sum_t w_t ||W_R x_R - D x_K - c||^2 + r m ||D||^2`` over positions t
+    with weights w_t, where m is the mean second moment of a kept input. The strength r is one of :data:`RIDGES`: from
+    the strongest on, the last one before what each half of the samples tells serves the other half less.
+
+    Without the ridge, adding D to the weights of the kept inputs and c to the bias is the optimal update of what
+    remains, in the quadratic approximation of the loss around it, if the curvature is that of the layer's outputs times
+    that of its inputs.
+
+    References: Hassibi and Stork, "Second order derivatives for network pruning: Optimal Brain Surgeon", NeurIPS 1992;
+    Frantar and Alistarh, "Optimal Brain Compression", NeurIPS 2022, for one layer at a time.
+
+    Args:
+        halves: ``sum_t w_t z_t z_t^T`` of the inputs and a one, ``z = (x, 1)``, over each half of the samples,
+            ``[2, inputs + 1, inputs + 1]``.
+        removed: Indices of the removed inputs.
+        rows: The layer's weights, ``[outputs, inputs]``.
+        constant: Whether the layer has a bias that c may go to.
+
+    Returns:
+        The fit; None if the removed inputs are no loss, or if no fit helps on samples that were not fitted.
+    """
+    halves, rows = halves.double(), rows.detach().to(halves.device).double()
+    one = halves.shape[-1] - 1
+    kept = _others(removed, one)
+    known = torch.cat([kept, torch.tensor([one] if constant else [], dtype=torch.long, device=kept.device)])
+    first, second, both = (
+        _Problem.of(half, known, removed, rows[:, removed], len(kept)) for half in (*halves, halves.sum(0))
+    )
+    if not both.lost > 0 or not all(p.mean_square > 0 for p in (first, second)):
+        return None
+    best, least = None, both.lost
+    for ridge in RIDGES:
+        solutions = first.solution(ridge), second.solution(ridge)
+        if solutions[0] is None or solutions[1] is None:
+            break
+        error = second.error(solutions[0]) + first.error(solutions[1])
+        if error >= least:
+            break
+        best, least = ridge, error
+    if best is None or (solution := both.solution(best)) is None:
+        return None
+    constants = solution[:, -1] if constant else torch.zeros_like(solution[:, 0])
+    return Fit(kept, solution[:, : len(kept)], constants, least / both.lost)
+
+
+def _others(removed: Tensor, total: int) -> Tensor:
+    left = torch.ones(total, dtype=torch.bool, device=removed.device)
+    left[removed] = False
+    return left.nonzero().flatten()
+
+
+@dataclass(frozen=True)
+class _Problem:
+    """Second moments of what is known, of what is lost with the removed inputs, and between both."""
+
+    known: Tensor  # [known, known]
+    across: Tensor  # [outputs, known]
+    lost: float
+    num_kept: int
+
+    @classmethod
+    def of(cls, moment: Tensor, known: Tensor, removed: Tensor, weights: Tensor, num_kept: int) -> "_Problem":
+        """Return the problem that the moments of all inputs pose, with the removed ones' ``weights``."""
+        lost = ((weights @ moment[removed][:, removed]) * weights).sum().item()
+        return cls(moment[known][:, known], weights @ moment[removed][:, known], lost, num_kept)
+
+    @property
+    def mean_square(self) -> float:
+        """Mean second moment of a kept input, up to the sum of the weights."""
+        return self.known.diagonal()[: self.num_kept].mean().item() if self.num_kept else 0.0
+
+    def solution(self, ridge: float) -> Tensor | None:
+        """Return the weights, that of the constant last, ``[outputs, known]``; None where they are not determined."""
+        system = self.known.clone()
+        system.diagonal()[: self.num_kept] += ridge * self.mean_square
+        factor, failed = torch.linalg.cholesky_ex(system)
+        return None if failed.item() else torch.cholesky_solve(self.across.T, factor).T
+
+    def error(self, weights: Tensor) -> float:
+        """Return the squared error of the outputs with these weights in place of the removed ones."""
+        return self.lost + ((weights @ self.known) * weights - 2 * weights * self.across).sum().item()

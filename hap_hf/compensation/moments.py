@@ -1,0 +1,135 @@
+"""Second moments of what layers read, weighted by how much it reaches the loss."""
+
+from collections.abc import Collection, Generator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from hap_hf.curvature import Directions, Forward, Wanted, accumulation_dtype, ggn_directions, squared
+from hap_hf.curvature.hvp import listed
+from hap_hf.errors import BatchError, CurvatureError
+from hap_hf.scores import ScoringTask
+from hap_hf.surgery.projection import channel_dim, on_input
+
+
+def weighted_moments(task: ScoringTask, paths: Collection[str]) -> dict[str, Tensor]:
+    r"""Return ``sum_t w_t z_t z_t^T`` for the inputs ``z_t = (x_t, 1)`` of some layers, over all their positions t.
+
+    The weight is ``w_t = E ||dL/dx_t||^2`` with the vectors of the generalised Gauss-Newton matrix in place of the
+    loss's gradient: the trace of the block of the curvature that belongs to the layer's input at this position. Padding
+    and whatever else does not reach the loss count for nothing, and in the last layer of a classifier that reads its
+    first token only that token does.
+
+    Reference: :func:`~hap_hf.curvature.ggn.estimate_ggn` for the vectors; Martens and Grosse, "Optimizing Neural
+    Networks with Kronecker-factored Approximate Curvature", ICML 2015, for taking inputs and curvature apart, there
+    without weights.
+
+    Args:
+        task: The model, the batches, and how they are computed.
+        paths: Names of linear layers and convolutions.
+
+    Returns:
+        For each layer that was called, and whose input reaches the loss, the sums over the even and over the odd
+        samples, ``[2, inputs + 1, inputs + 1]``.
+
+    Raises:
+        BatchError: If there are no loss terms in the batches.
+        CurvatureError: If a derivative is not finite.
+        UnsupportedModelError: As for :func:`~hap_hf.curvature.ggn.estimate_ggn`.
+    """
+    model, config = task.model, task.config
+    weights = {f"{path}.weight": model.get_submodule(path).get_parameter("weight") for path in paths}
+    directions = ggn_directions(task.signs, config.num_output_probes)
+    scale, num_terms = task.loss_scale(weights), 0
+    sums: dict[str, Tensor] = {}
+    with task.ready(weights, "compensation", "batch") as tick:
+        for index, batch in enumerate(task.samples()):
+            num_terms += batch.num_terms
+            if batch.num_terms:
+                with _watched(model, paths) as read:
+                    forward = Forward(model, batch, Wanted(weights, {}, squared), index)
+                found, scale = _position_weights(forward, directions, read, scale)
+                for r, w in zip(read, found, strict=True):
+                    _add(sums, r, w)
+            tick()
+    counts = task.processes.summed("numbers of loss terms", {"terms": torch.tensor(num_terms, device="cpu")})
+    if not counts["terms"]:
+        raise BatchError("expected batches with loss terms, got none: check the labels")
+    return task.processes.summed("layer inputs", sums)
+
+
+@dataclass(frozen=True)
+class _Read:
+    """The input of one call of a layer, at its place in the graph."""
+
+    path: str
+    x: Tensor
+    channels: int  # the dimension of x
+
+
+@contextmanager
+def _watched(model: nn.Module, paths: Collection[str]) -> Generator[list[_Read]]:
+    """Note what the layers read inside the block."""
+    seen: list[_Read] = []
+
+    def note(path: str, x: Tensor) -> Tensor:
+        # A branch of its own, whose gradient is that of this layer alone, whoever else reads the same.
+        own = x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
+        seen.append(_Read(path, own, channel_dim(model.get_submodule(path))))
+        return own
+
+    handles = [on_input(model.get_submodule(path), partial(note, path)) for path in paths]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _position_weights(
+    forward: Forward, directions: Directions, read: Sequence[_Read], scale: float
+) -> tuple[list[Tensor], float]:
+    """Return the weight of each position of each input, and the loss scale that did not overflow.
+
+    Args:
+        forward: The batch.
+        directions: What to go back from.
+        read: The inputs.
+        scale: Loss scale to begin with.
+
+    Returns:
+        The weights, in the shape of the input with one channel, and the scale.
+
+    Raises:
+        CurvatureError: If a gradient is not finite.
+    """
+    while True:
+        found = [torch.zeros_like(r.x.narrow(r.channels, 0, 1), dtype=accumulation_dtype(r.x.dtype)) for r in read]
+        for factor, vectors in directions(forward):
+            targets, starts = forward.pulled_back(vectors, scale)
+            grads = torch.autograd.grad(targets, [r.x for r in read], starts, retain_graph=True, allow_unused=True)
+            for total, r, grad in zip(found, read, grads, strict=True):
+                if grad is not None:
+                    total += factor * (grad.to(total.dtype) / scale).square().sum(r.channels, keepdim=True)
+        if all(torch.isfinite(w).all() for w in found):
+            return [w.detach() for w in found], scale
+        if scale <= 1:
+            culprits = [r.path for r, w in zip(read, found, strict=True) if not torch.isfinite(w).all()]
+            raise CurvatureError(
+                f"batch {forward.index}: expected finite gradients, got NaN or infinities in the inputs of "
+                f"{listed(culprits)}; look for extreme weights or inputs, or score in fp32"
+            )
+        scale = max(scale / 4, 1.0)
+
+
+def _add(sums: dict[str, Tensor], read: _Read, weights: Tensor) -> None:
+    x = read.x.detach().to(weights.dtype)
+    z = torch.cat([x, torch.ones_like(weights)], read.channels) * weights.sqrt()
+    z = z.movedim(read.channels, -1)
+    # Even and odd samples; those of a single sample would leave one half without any.
+    halves = [z[half::2].flatten(0, -2) for half in (0, 1)]
+    moment = torch.stack([half.T @ half for half in halves])
+    sums[read.path] = sums[read.path] + moment if read.path in sums else moment
