@@ -1,6 +1,7 @@
 """What compensation does to a model and its optimizer."""
 
 import copy
+from collections.abc import Iterable
 from typing import Any
 from unittest.mock import Mock
 
@@ -8,6 +9,8 @@ import pytest
 import torch
 from cases import batch_of, build
 from channel_nets import Chain, Head, Residual, conv
+from compensations import EXACT, TEXT, measured
+from plans import plan_of
 from reference import logits
 from scored_models import bert, config, net, snapshot, text_batch
 from torch import Tensor, nn
@@ -15,7 +18,6 @@ from torch import Tensor, nn
 import hap_hf.pipeline
 from hap_hf import (
     Compensation,
-    PruningPlan,
     apply_plan_,
     find_groups,
     make_plan,
@@ -24,32 +26,11 @@ from hap_hf import (
 )
 from hap_hf.compensation.fit import fit_removed
 from hap_hf.group import Group, Kind, Role, Slice
-from hap_hf.plan import KEEP, PRUNE, GroupPlan
 from hap_hf.surgery.masking import masked
 
-TEXT = text_batch(rows=6, labels=torch.tensor([0, 1, 1, 0, 1, 0]))
-EXACT = config(method="mask_ggn", num_output_probes=None)
 
-
-def measured(model: nn.Module, groups: Any, batch: Any = None, **changes: Any) -> Compensation:
-    wanted = config(**{"method": "mask_ggn", "num_output_probes": None, **changes})
-    return Compensation.measure(model, groups, [TEXT if batch is None else batch], wanted)
-
-
-def plan_without(groups: list[Group], removed: dict[str, list[int]]) -> PruningPlan:
-    """Return the plan that prunes some units of some groups."""
-    actions = {
-        g.name: "".join(PRUNE if u in removed.get(g.name, ()) else KEEP for u in range(g.num_units)) for g in groups
-    }
-    return PruningPlan((tuple(GroupPlan(g, actions[g.name]) for g in groups),), {})
-
-
-def every_third(groups: list[Group]) -> dict[str, list[int]]:
-    return {g.name: list(range(0, g.num_units, 3)) for g in groups}
-
-
-def units(groups: list[Group], removed: dict[str, list[int]]) -> list[tuple[Group, list[int]]]:
-    return [(g, removed[g.name]) for g in groups]
+def every_third(groups: Iterable[Group]) -> dict[Group, list[int]]:
+    return {g: list(range(0, g.num_units, 3)) for g in groups}
 
 
 @pytest.mark.parametrize("family", ["bert", "gpt2", "llama", "vit"])
@@ -58,11 +39,11 @@ def test_pruned_and_compensated_is_silenced_and_compensated(family: str) -> None
     groups = find_groups(model, batch)
     removed = every_third(groups)
     compensation = measured(model, groups, batch)
-    with compensation.applied(units(groups, removed)):
+    with compensation.applied(removed.items()):
         expected = logits(model, batch)
-    with masked(model, units(groups, removed)):
+    with masked(model, removed.items()):
         assert not torch.allclose(logits(model, batch), expected)
-    plan = plan_without(groups, removed)
+    plan = plan_of(removed)
     compensation.apply_(plan)
     apply_plan_(model, plan)
     torch.testing.assert_close(logits(model, batch), expected, rtol=1e-9, atol=1e-11)
@@ -106,7 +87,7 @@ def test_twins_of_what_stays_go_without_a_trace() -> None:
     x = torch.randn(60, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
     batch = {"x": x, "labels": (x[:, 0] > 0).long()}
     dense = logits(model, batch)
-    plan = plan_without([group], {group.name: [4, 5]})
+    plan = plan_of({group: [4, 5]})
     cut = copy.deepcopy(model)
     apply_plan_(cut, plan)
     measured(model, [group], batch).apply_(plan)
@@ -120,7 +101,7 @@ def test_inside_and_afterwards_the_model_keeps_its_own_parameters() -> None:
     groups = find_groups(model, TEXT)
     compensation = measured(model, groups)
     before = snapshot(model)
-    with pytest.raises(RuntimeError, match="stop"), compensation.applied(units(groups, every_third(groups))):
+    with pytest.raises(RuntimeError, match="stop"), compensation.applied(every_third(groups).items()):
         raise RuntimeError("stop")
     assert snapshot(model) == before
 
@@ -129,7 +110,7 @@ def test_values_are_those_of_the_whole_model_whatever_was_asked_before() -> None
     model = bert().eval()
     groups = find_groups(model, TEXT)
     compensation = measured(model, groups)
-    gone = units(groups, every_third(groups))
+    gone = every_third(groups).items()
     alone = compensation.values(gone)
     with compensation.applied([(g, [0]) for g in groups]):
         pass
@@ -230,7 +211,7 @@ def test_convolutions_are_compensated_tap_by_tap(net_name: str) -> None:
     with compensation.applied(gone):
         compensated = model(x)
         assert (compensated - dense).square().mean() < lost
-    plan = plan_without(list(groups), {g.name: [0, 2] for g in groups})
+    plan = plan_of({g: [0, 2] for g in groups})
     compensation.apply_(plan)
     apply_plan_(model, plan)
     torch.testing.assert_close(model(x), compensated, rtol=1e-9, atol=1e-11)
@@ -256,7 +237,7 @@ def test_layers_with_implants_make_up_with_both_of_their_weights() -> None:
     with compensation.applied(gone):
         expected = model(x)
     assert (expected - dense).square().mean() < lost
-    plan = plan_without(list(groups), {g.name: [0, 2] for g in groups})
+    plan = plan_of({g: [0, 2] for g in groups})
     compensation.apply_(plan)
     apply_plan_(model, plan)
     torch.testing.assert_close(model(x), expected, rtol=1e-9, atol=1e-11)

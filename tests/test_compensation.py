@@ -1,48 +1,20 @@
 """Compensation: weights that read what stays make up for what goes."""
 
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
 import torch
-from scored_models import BATCH, FFN, bert, config, net, snapshot, text_batch
+from compensations import EXACT, TEXT, measured
+from scored_models import BATCH, FFN, bert, net, snapshot
 from torch import Tensor, nn
 
 from hap_hf import (
     BatchError,
     Compensation,
     CurvatureError,
-    PruningPlan,
     find_groups,
 )
 from hap_hf.compensation.fit import RIDGES, fit_removed
-from hap_hf.group import Group
-from hap_hf.plan import KEEP, PRUNE, GroupPlan
-
-TEXT = text_batch(rows=6, labels=torch.tensor([0, 1, 1, 0, 1, 0]))
-EXACT = config(method="mask_ggn", num_output_probes=None)
-
-
-def measured(model: nn.Module, groups: Any, batch: Any = None, **changes: Any) -> Compensation:
-    wanted = config(**{"method": "mask_ggn", "num_output_probes": None, **changes})
-    return Compensation.measure(model, groups, [TEXT if batch is None else batch], wanted)
-
-
-def plan_without(groups: list[Group], removed: dict[str, list[int]]) -> PruningPlan:
-    """Return the plan that prunes some units of some groups."""
-    actions = {
-        g.name: "".join(PRUNE if u in removed.get(g.name, ()) else KEEP for u in range(g.num_units)) for g in groups
-    }
-    return PruningPlan((tuple(GroupPlan(g, actions[g.name]) for g in groups),), {})
-
-
-def every_third(groups: list[Group]) -> dict[str, list[int]]:
-    return {g.name: list(range(0, g.num_units, 3)) for g in groups}
-
-
-def units(groups: list[Group], removed: dict[str, list[int]]) -> list[tuple[Group, list[int]]]:
-    return [(g, removed[g.name]) for g in groups]
-
 
 # What is measured
 

@@ -15,14 +15,12 @@ stopped, and a row is made anew only if its flags changed.
 import argparse
 import copy
 import dataclasses
-import json
 import logging
 import shlex
 import statistics
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import AutoModelForImageClassification, PreTrainedModel, TrainingArguments, set_seed
@@ -32,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from glue.stages import fine_tune
 from images.settings import Settings, parse
 from images.stages import Batch, ImageMaterial
+from rows import Row, Rows
 from run_cifar_hap import prepare
 from subjects import accuracy_of
 
@@ -54,7 +53,6 @@ from hap_hf.trainer.scoring import scoring_batches
 
 logger = logging.getLogger("cifar_table")
 
-Row = dict[str, Any]
 STAGES = ("pruned", "recalibrated", "finetuned")
 
 
@@ -110,40 +108,6 @@ def main(argv: Sequence[str] | None = None) -> str:
 
 
 DENSE: Row = {"stage": "dense"}
-
-
-class Rows:
-    """What was measured, in a file that grows by a line for each row.
-
-    Args:
-        file: The file.
-        flags: What all rows have in common; those made with other flags are not seen.
-    """
-
-    def __init__(self, file: Path, flags: Sequence[str]) -> None:
-        self._file = file
-        self._flags = list(flags)
-        text = file.read_text(encoding="utf-8") if file.exists() else ""
-        self._rows: list[Row] = [json.loads(line) for line in text.splitlines()]
-
-    def find(self, about: Row) -> Row | None:
-        """Return the row about something, with its results, or None where it has to be made."""
-        wanted = {**about, "flags": self._flags}
-        return next((row for row in self._rows if all(row.get(key) == value for key, value in wanted.items())), None)
-
-    def add(self, about: Row, results: Row) -> None:
-        """Write a row.
-
-        Args:
-            about: Which row it is.
-            results: What was measured.
-        """
-        row = {**about, "flags": self._flags, "results": results}
-        self._rows.append(row)
-        self._file.parent.mkdir(parents=True, exist_ok=True)
-        with self._file.open("a", encoding="utf-8") as lines:
-            lines.write(json.dumps(row) + "\n")
-        logger.info("%s: %s", about, results)
 
 
 def make_dense(settings: Settings, folder: Path, rows: Rows) -> tuple[PreTrainedModel, ImageMaterial]:

@@ -23,7 +23,6 @@ not made again.
 import argparse
 import copy
 import dataclasses
-import json
 import logging
 import shlex
 import statistics
@@ -40,6 +39,7 @@ from transformers import PreTrainedModel
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where the example scripts and their modules are
 sys.path.insert(0, str(Path(__file__).resolve().parent))
+from rows import Row, Rows
 from subjects import Subject, glue_subject, image_subject
 
 from hap_hf import (
@@ -57,9 +57,6 @@ from hap_hf import (
 from hap_hf.plan import PRUNE, GroupPlan
 from hap_hf.surgery.masking import Units, masked
 
-logger = logging.getLogger("score_quality")
-
-Row = dict[str, Any]
 PEERS = {"tp_taylor": "GroupTaylorImportance", "tp_hessian": "GroupHessianImportance"}
 
 
@@ -89,24 +86,19 @@ def main(argv: Sequence[str] | None = None) -> str:
     own, flags = parser.parse_known_args(words)
     own.flags = flags
     torch.set_num_threads(own.threads)
-    file = own.work_dir / "rows.jsonl"
-    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
+    rows = Rows(own.work_dir / "rows.jsonl", own.flags)
     make = image_subject if own.images else glue_subject
     for seed in own.seeds:
         missing = [
             about
             for criterion in ("dense", *own.criteria)
             for share in (own.shares if criterion != "dense" else [0.0])
-            if _find(rows, about := _about(criterion, share, seed, own)) is None
+            if rows.find(about := _about(criterion, share, seed)) is None
         ]
         if missing:
             subject = make(own.flags, own.work_dir / f"dense-{seed}", seed)
             for about, results in measure(subject, missing):
-                rows.append({**about, "results": results})
-                own.work_dir.mkdir(parents=True, exist_ok=True)
-                with file.open("a", encoding="utf-8") as lines:
-                    lines.write(json.dumps(rows[-1]) + "\n")
-                logger.info("%s: %s", about, results)
+                rows.add(about, results)
     text = to_markdown(rows, own)
     text += f"\n```bash\npython examples/benchmarks/score_quality.py {shlex.join(words)}\n```\n"
     (own.work_dir / "table.md").write_text(text, encoding="utf-8")
@@ -114,12 +106,8 @@ def main(argv: Sequence[str] | None = None) -> str:
     return text
 
 
-def _about(criterion: str, share: float, seed: int, own: argparse.Namespace) -> Row:
-    return {"criterion": criterion, "share": share, "seed": seed, "flags": own.flags}
-
-
-def _find(rows: Sequence[Row], about: Row) -> Row | None:
-    return next((row for row in rows if all(row.get(key) == value for key, value in about.items())), None)
+def _about(criterion: str, share: float, seed: int) -> Row:
+    return {"criterion": criterion, "share": share, "seed": seed}
 
 
 def measure(subject: Subject, wanted: Sequence[Row]) -> Iterator[tuple[Row, Row]]:
@@ -251,7 +239,7 @@ def prune_with_peer(subject: Subject, criterion: str, share: float) -> PreTraine
     return model
 
 
-def to_markdown(rows: Sequence[Row], own: argparse.Namespace) -> str:
+def to_markdown(rows: Rows, own: argparse.Namespace) -> str:
     """Return the accuracies as a table, in percent, means over seeds with their standard deviation.
 
     Args:
@@ -261,12 +249,12 @@ def to_markdown(rows: Sequence[Row], own: argparse.Namespace) -> str:
     Returns:
         The table in markdown.
     """
-    dense = [_find(rows, _about("dense", 0.0, seed, own)) for seed in own.seeds]
+    dense = [rows.find(_about("dense", 0.0, seed)) for seed in own.seeds]
     head = ["criterion", *(f"{100 * share:g}% removed" for share in own.shares)]
     lines = [head, ["---", *["---:"] * len(own.shares)]]
     lines.append(["dense", _percent(dense), *[""] * (len(own.shares) - 1)])
     for criterion in own.criteria:
-        cells = ([_find(rows, _about(criterion, share, seed, own)) for seed in own.seeds] for share in own.shares)
+        cells = ([rows.find(_about(criterion, share, seed)) for seed in own.seeds] for share in own.shares)
         lines.append([criterion, *map(_percent, cells)])
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + "\n"
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from hap_hf.compensation.fit import Fit, fit_removed
 from hap_hf.compensation.moments import weighted_moments
-from hap_hf.compensation.readers import Reader, parameter, readers_of
+from hap_hf.compensation.readers import Reader, readers_of
 from hap_hf.config import HapConfig
 from hap_hf.group import Group, Role
 from hap_hf.losses import LossFunction, model_loss
@@ -77,26 +77,23 @@ class Compensation:
             UnsupportedModelError: If the loss is not computed from the model's outputs, or of unknown kind.
         """
         task = ScoringTask(model, groups, batches, config, loss_fn or model_loss, processes)
-        paths = [r.path for r in readers_of(model, groups)]
-        moments = in_batches_that_fit(lambda t: weighted_moments(t, paths), task)
-        return cls.of(model, groups, moments, processes=processes)
+        readers = readers_of(model, groups)
+        paths = [reader.path for reader in readers]
+        return cls(model, readers, in_batches_that_fit(lambda t: weighted_moments(t, paths), task), processes)
 
     @classmethod
-    def of(
-        cls, model: nn.Module, groups: Sequence[Group], moments: Mapping[str, Tensor], *, processes: Processes = ALONE
-    ) -> Self:
+    def of(cls, model: nn.Module, groups: Sequence[Group], moments: Mapping[str, Tensor]) -> Self:
         """Return the compensation of a model of which the moments are known.
 
         Args:
             model: The model, or a copy of the one that was measured.
             groups: Its groups.
             moments: What was measured.
-            processes: The processes that prune together.
 
         Returns:
             The compensation.
         """
-        return cls(model, readers_of(model, groups), moments, processes)
+        return cls(model, readers_of(model, groups), moments)
 
     def values(self, gone: Units) -> dict[str, Tensor]:
         """Return the weights and biases that make up for units.
@@ -115,7 +112,7 @@ class Compensation:
             if reader.path not in self.moments or not removed.get(reader.path):
                 continue
             halves = self.moments[reader.path]
-            rows = torch.cat([_rows(parameter(self.model, n), dim) for n, dim in reader.inputs.items()])
+            rows = torch.cat([_rows(self.model.get_parameter(n), dim) for n, dim in reader.inputs.items()])
             index = torch.tensor(sorted(set(removed[reader.path])), device=halves.device)
             fit = fit_removed(halves, index, rows, constant=reader.takes_constant)
             values |= self._values(reader, fit)
@@ -132,7 +129,7 @@ class Compensation:
     def _values(self, reader: Reader, fit: Fit | None) -> dict[str, Tensor]:
         values, start = {}, 0
         for name, dim in reader.inputs.items():
-            values[name] = parameter(self.model, name).detach().clone()
+            values[name] = self.model.get_parameter(name).detach().clone()
             columns = values[name].movedim(dim, -1)
             number = columns[..., 0].numel()
             if fit is not None:
@@ -141,7 +138,7 @@ class Compensation:
                 columns.copy_(wide.view_as(columns))
             start += number
         if reader.takes_constant:
-            bias = parameter(self.model, reader.bias).detach()
+            bias = self.model.get_parameter(reader.bias).detach()
             values[reader.bias] = bias if fit is None else (bias + fit.constants.to(bias.device)).to(bias.dtype)
         return values
 

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from hap_hf.curvature import Directions, Forward, Wanted, accumulation_dtype, ggn_directions, squared
+from hap_hf.curvature.batch_loss import check_counts
 from hap_hf.curvature.hvp import listed
-from hap_hf.errors import BatchError, CurvatureError
+from hap_hf.errors import CurvatureError
 from hap_hf.scores import ScoringTask
 from hap_hf.surgery.projection import channel_dim, on_input
 
@@ -36,18 +37,18 @@ def weighted_moments(task: ScoringTask, paths: Collection[str]) -> dict[str, Ten
         samples, ``[2, inputs + 1, inputs + 1]``.
 
     Raises:
-        BatchError: If there are no loss terms in the batches.
+        BatchError: If there are no batches, or no loss terms in them.
         CurvatureError: If a derivative is not finite.
         UnsupportedModelError: As for :func:`~hap_hf.curvature.ggn.estimate_ggn`.
     """
     model, config = task.model, task.config
     weights = {f"{path}.weight": model.get_submodule(path).get_parameter("weight") for path in paths}
     directions = ggn_directions(task.signs, config.num_output_probes)
-    scale, num_terms = task.loss_scale(weights), 0
+    scale, seen, num_terms = task.loss_scale(weights), 0, 0
     sums: dict[str, Tensor] = {}
     with task.ready(weights, "compensation", "batch") as tick:
         for index, batch in enumerate(task.samples()):
-            num_terms += batch.num_terms
+            seen, num_terms = seen + 1, num_terms + batch.num_terms
             if batch.num_terms:
                 with _watched(model, paths) as read:
                     forward = Forward(model, batch, Wanted(weights, {}, squared), index)
@@ -55,9 +56,8 @@ def weighted_moments(task: ScoringTask, paths: Collection[str]) -> dict[str, Ten
                 for r, w in zip(read, found, strict=True):
                     _add(sums, r, w)
             tick()
-    counts = task.processes.summed("numbers of loss terms", {"terms": torch.tensor(num_terms, device="cpu")})
-    if not counts["terms"]:
-        raise BatchError("expected batches with loss terms, got none: check the labels")
+    counts = task.processes.summed("numbers of loss terms", {"counts": torch.tensor([seen, num_terms], device="cpu")})
+    check_counts(*counts["counts"].tolist())
     return task.processes.summed("layer inputs", sums)
 
 

@@ -4,7 +4,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from torch import Tensor, nn
+from torch import nn
 
 from hap_hf.group import Group, Role
 from hap_hf.surgery.projection import IMPLANTED, is_projection, spatial_dims
@@ -24,11 +24,6 @@ class Reader:
     path: str
     inputs: Mapping[str, int]
     takes_constant: bool
-
-    @property
-    def weight(self) -> str:
-        """Name of the weight."""
-        return f"{self.path}.weight"
 
     @property
     def bias(self) -> str:
@@ -57,7 +52,7 @@ def readers_of(model: nn.Module, groups: Iterable[Group]) -> list[Reader]:
         Reader(path, inputs, _takes_constant(module))
         for path, inputs in dims.items()
         if is_projection(module := model.get_submodule(path)) and not is_standardised(module)
-        if all(users[id(parameter(model, name))] == 1 for name in inputs)
+        if all(users[id(model.get_parameter(name))] == 1 for name in inputs)
     ]
 
 
@@ -66,17 +61,3 @@ def _takes_constant(module: nn.Module) -> bool:
         return False
     # Where a kernel reaches beyond the image, it reads zeros and no constant.
     return not spatial_dims(module) or module.get_parameter("weight").shape[2:].numel() == 1
-
-
-def parameter(model: nn.Module, name: str) -> Tensor:
-    """Return a parameter of ``model``.
-
-    Args:
-        model: The model.
-        name: Dotted name.
-
-    Returns:
-        The parameter.
-    """
-    path, _, leaf = name.rpartition(".")
-    return model.get_submodule(path).get_parameter(leaf)

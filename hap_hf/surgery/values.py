@@ -21,12 +21,10 @@ def replace_values_(model: nn.Module, values: Mapping[str, Tensor]) -> tuple[Ten
     """
     changes = []
     for name, value in values.items():
-        path, _, leaf = name.rpartition(".")
-        module = model.get_submodule(path)
-        old = module.get_parameter(leaf)
+        old = model.get_parameter(name)
         new = nn.Parameter(value.clone(memory_format=memory_format_of(old)), requires_grad=old.requires_grad)
         new.grad = old.grad
-        module._parameters[leaf] = new
+        _put(model, name, new)
         changes.append(TensorChange(name, old, new))
     renew_caches(model)
     return tuple(changes)
@@ -43,12 +41,16 @@ def replaced_values(model: nn.Module, values: Mapping[str, Tensor]) -> Generator
     Yields:
         Nothing.
     """
-    own = dict(model.named_parameters(remove_duplicate=False))
+    own = {name: model.get_parameter(name) for name in values}
     try:
         replace_values_(model, values)
         yield
     finally:
-        for name in values:
-            path, _, leaf = name.rpartition(".")
-            model.get_submodule(path)._parameters[leaf] = own[name]
+        for name, parameter in own.items():
+            _put(model, name, parameter)
         renew_caches(model)
+
+
+def _put(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    path, _, leaf = name.rpartition(".")
+    model.get_submodule(path)._parameters[leaf] = parameter
