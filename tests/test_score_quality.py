@@ -50,10 +50,20 @@ def test_a_peer_that_fails_has_a_row_that_says_so(tmp_path: Path, monkeypatch: p
     def fail(*_: object) -> None:
         raise RuntimeError("shapes do not match")
 
-    monkeypatch.setattr(score_quality, "prune_with_peer", fail)
+    monkeypatch.setattr(score_quality, "prune_with_torch_pruning", fail)
     words = ["--images", "--work_dir", str(tmp_path), "--shares", "0.5", "--criteria", "magnitude", "tp_taylor"]
     text = main([*words, "--dataset", "digits", "--epochs", "1", "--model", "cifar_resnet20", *FEW])
     assert "| tp_taylor | fails |" in text
     lines = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
     assert lines[-1]["results"] == {"error": "RuntimeError: shapes do not match"}
     assert lines[1]["results"]["params"] < lines[0]["results"]["params"]
+
+
+def test_the_peer_removes_as_many_heads_and_neurons(words: list[str], rows: list[dict[str, object]]) -> None:
+    pytest.importorskip("torch_pruning", reason="the peer is compared where it is installed")
+    main([*words, "--criteria", "tp_taylor", "tp_hessian", "--seeds", "0"])
+    made = [json.loads(line) for line in Path(words[1], "rows.jsonl").read_text().splitlines()]
+    for share in (0.25, 0.5):
+        own = next(row["results"]["params"] for row in rows if row["share"] == share)
+        theirs = [r["results"]["params"] for r in made if r["share"] == share and r["criterion"].startswith("tp_")]
+        assert theirs == 2 * [pytest.approx(own, rel=0.02)]  # it rounds otherwise

@@ -7,10 +7,10 @@ estimated anew where there are any.
 
 A criterion is a value of ``--method``. It may name a coupling, and a number of passes in which the share rises in equal
 steps, each scored on what is left; a plus sign adds compensation: ``ggn:joint``, ``mask_ggn@4+``, ``magnitude+``.
-``tp_taylor`` and ``tp_hessian`` are those of Torch-Pruning, for image classifiers and where it is installed: its own
-dependency graph and its own choice of channels, at the same share. All other flags are those of ``run_glue_hap.py``,
-or, with ``--images``, of ``run_cifar_hap.py``. Rows are written to ``WORK_DIR/rows.jsonl`` as they are done, and are
-not made again.
+``tp_taylor`` and ``tp_hessian`` are those of Torch-Pruning, where it is installed: its own dependency graph, on images
+its own choice of channels too, at the same share. All other flags are those of ``run_glue_hap.py``, or, with
+``--images``, of ``run_cifar_hap.py``. Rows are written to ``WORK_DIR/rows.jsonl`` as they are done, and are not made
+again.
 
     python examples/benchmarks/score_quality.py --work_dir runs/quality-mrpc --seeds 0 1 2 --shares 0.2 0.4 0.6 \
         --model_name_or_path ./my-bert --task_name mrpc --train_file mrpc_train.parquet \
@@ -41,6 +41,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where the exampl
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from rows import Row, Rows
 from subjects import Subject, glue_subject, image_subject
+from torch_pruning_peer import IMPORTANCES, prune_with_torch_pruning
 
 from hap_hf import (
     Compensation,
@@ -56,8 +57,6 @@ from hap_hf import (
 )
 from hap_hf.plan import PRUNE, GroupPlan
 from hap_hf.surgery.masking import Units, masked
-
-PEERS = {"tp_taylor": "GroupTaylorImportance", "tp_hessian": "GroupHessianImportance"}
 
 
 def main(argv: Sequence[str] | None = None) -> str:
@@ -125,9 +124,9 @@ def measure(subject: Subject, wanted: Sequence[Row]) -> Iterator[tuple[Row, Row]
     for about in wanted:
         if about["criterion"] == "dense":
             model = subject.model
-        elif about["criterion"] in PEERS:
+        elif about["criterion"] in IMPORTANCES:
             try:
-                model = prune_with_peer(subject, about["criterion"], about["share"])
+                model = prune_with_torch_pruning(subject, groups, about["criterion"], about["share"])
                 model(**subject.batches[0])
             except Exception as error:  # a peer that fails is a result
                 yield about, {"error": f"{type(error).__name__}: {error}"}
@@ -197,46 +196,6 @@ def _gone_in(before: Mapping[str, Tensor], chosen: Iterable[GroupPlan], number: 
         passes = gone_in[plan.group.name]
         passes[[u for u in plan.units(PRUNE) if not passes[u]]] = number
     return gone_in
-
-
-def prune_with_peer(subject: Subject, criterion: str, share: float) -> PreTrainedModel:
-    """Return a copy of a model that Torch-Pruning pruned, one-shot and globally, by the recipe of its README.
-
-    Args:
-        subject: An image classifier of timm and what it works on.
-        criterion: One of ``PEERS``.
-        share: Share of the channels to remove.
-
-    Returns:
-        The pruned model.
-    """
-    import torch_pruning as tp
-
-    model = copy.deepcopy(subject.model).eval()
-    importance = getattr(tp.importance, PEERS[criterion])()
-    head = [module for module in model.modules() if isinstance(module, torch.nn.Linear)][-1:]
-    pruner = tp.pruner.BasePruner(
-        model.timm_model,
-        subject.batches[0]["pixel_values"][:2],
-        importance=importance,
-        global_pruning=True,
-        pruning_ratio=share,
-        ignored_layers=head,
-    )
-    model.zero_grad()
-    for batch in subject.batches:
-        if criterion == "tp_taylor":
-            model(**batch).loss.backward()
-            continue
-        losses = torch.nn.functional.cross_entropy(
-            model(pixel_values=batch["pixel_values"]).logits, batch["labels"], reduction="none"
-        )
-        for loss in losses:
-            model.zero_grad()
-            loss.backward(retain_graph=True)
-            importance.accumulate_grad(model)
-    pruner.step()
-    return model
 
 
 def to_markdown(rows: Rows, own: argparse.Namespace) -> str:

@@ -38,12 +38,14 @@ class Subject:
         config: Settings of the command line.
         batches: Batches of training data to score on, as the callback takes them.
         accuracy: Share of right answers of a model on the evaluation data.
+        on_images: Whether it is an image classifier of timm; else one of texts.
     """
 
     model: PreTrainedModel
     config: HapConfig
     batches: Sequence[Batch]
     accuracy: Callable[[PreTrainedModel], float]
+    on_images: bool
 
 
 def glue_subject(flags: Sequence[str], folder: Path, seed: int) -> Subject:
@@ -69,7 +71,7 @@ def glue_subject(flags: Sequence[str], folder: Path, seed: int) -> Subject:
     model = AutoModelForSequenceClassification.from_pretrained(folder)
     loader = material.trainer(model, args).get_train_dataloader()  # without the columns that the model does not take
     batches = scoring_batches(loader.dataset, loader.collate_fn, args.per_device_train_batch_size, config)
-    return Subject(model, config, list(batches), lambda m: accuracy_of(m, material, args))
+    return Subject(model, config, list(batches), lambda m: accuracy_of(m, material, args), on_images=False)
 
 
 def image_subject(flags: Sequence[str], folder: Path, seed: int) -> Subject:
@@ -97,7 +99,7 @@ def image_subject(flags: Sequence[str], folder: Path, seed: int) -> Subject:
     batches = scoring_batches(
         material.images["train"], material.preprocessing, settings.training.batch_size, settings.config
     )
-    return Subject(model, settings.config, list(batches), lambda m: accuracy_of(m, material, args))
+    return Subject(model, settings.config, list(batches), lambda m: accuracy_of(m, material, args), on_images=True)
 
 
 def accuracy_of(model: PreTrainedModel, material: Material | ImageMaterial, args: TrainingArguments) -> float:
