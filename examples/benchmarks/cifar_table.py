@@ -157,7 +157,7 @@ def prune_in_each_way(
         Which row it is, and its results.
     """
     config = dataclasses.replace(settings.config, method=wanted[0]["method"], seed=wanted[0]["seed"])
-    loader = scoring_batches(material.images["train"], material.preprocessing, settings.training.batch_size, config)
+    loader = scoring_batches(material.images["train"], material.collate_training, settings.training.batch_size, config)
     batches = list(loader)
     before = measure_size(dense, material.batch(1))
     scores = compensation = None

@@ -97,7 +97,7 @@ def image_subject(flags: Sequence[str], folder: Path, seed: int) -> Subject:
             model.save_pretrained(folder)
     model = AutoModelForImageClassification.from_pretrained(folder).to(args.device)
     batches = scoring_batches(
-        material.images["train"], material.preprocessing, settings.training.batch_size, settings.config
+        material.images["train"], material.collate_training, settings.training.batch_size, settings.config
     )
     return Subject(model, settings.config, list(batches), lambda m: accuracy_of(m, material, args), on_images=True)
 

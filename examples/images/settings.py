@@ -127,7 +127,7 @@ class TrainArguments:
     nesterov: bool = _flag("Use Nesterov's momentum in SGD.", False)
     weight_decay: float = _flag("Weight decay of all weights but biases.", 1e-4)
     label_smoothing: float = _flag("Label smoothing, in training and scoring.", 0.0)
-    augment: bool = _flag("Shift training images by up to 4 pixels and mirror half of them.", False)
+    augment: bool = _flag("Shift images to train and to score on by up to 4 pixels and mirror half of them.", False)
     precision: str = _choice("Arithmetic of training and evaluation.", "fp32", "bf16", "fp16")
     seed: int = _flag("Seed of initial weights, order of the images, augmentation, probes and random scores.", 0)
 

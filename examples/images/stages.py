@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,42 +10,40 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from transformers import EvalPrediction, PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
 from hap_hf import ModelSize, measure_size
 from images.samples import Images, Preprocessing
 
 Batch = Mapping[str, Tensor]
+Collator = Callable[[list[dict[str, Tensor]]], dict[str, Tensor]]
 
 
 class ImageTrainer(Trainer):
-    """A Trainer that augments each batch it trains on; evaluation and scoring see the images as they are.
+    """A Trainer whose batches to train on are made otherwise than those to evaluate on.
 
     Args:
         *args: What a Trainer takes.
-        preprocessing: The data collator, which also augments; None for no augmentation.
-        **kwargs: What a Trainer takes.
+        training_collator: Makes the batches to train on, which are also those that pruning scores on.
+        **kwargs: What a Trainer takes; ``data_collator`` makes the batches to evaluate on.
     """
 
-    def __init__(self, *args: Any, preprocessing: Preprocessing | None, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, training_collator: Collator, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._preprocessing = preprocessing
+        self._training_collator = training_collator
 
-    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
-        """Train on one batch.
-
-        Args:
-            model: The model.
-            inputs: The batch.
-            *args: What a Trainer's ``training_step`` takes.
-            **kwargs: What a Trainer's ``training_step`` takes.
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """Return the loader of the batches to train on.
 
         Returns:
-            The loss.
+            The loader.
         """
-        if self._preprocessing is not None:
-            inputs = {**inputs, "pixel_values": self._preprocessing.augment(inputs["pixel_values"])}
-        return super().training_step(model, inputs, *args, **kwargs)
+        evaluating, self.data_collator = self.data_collator, self._training_collator
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.data_collator = evaluating
 
 
 @dataclass(frozen=True)
@@ -90,8 +88,25 @@ class ImageMaterial:
             compute_metrics=_accuracy,
             optimizer_cls_and_kwargs=(kind, {"lr": args.learning_rate, **options}),
             callbacks=list(callbacks),
-            preprocessing=self.preprocessing if self.augment else None,
+            training_collator=self.collate_training,
         )
+
+    def collate_training(self, samples: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        """Return a batch as the training sees it.
+
+        Scores, compensation and the statistics of batch norms come from such batches too: those of a network that was
+        trained on shifted images describe shifted images, and it does worse by those of others.
+
+        Args:
+            samples: Samples of ``images``.
+
+        Returns:
+            The batch.
+        """
+        batch = self.preprocessing(samples)
+        if self.augment:
+            batch["pixel_values"] = self.preprocessing.augment(batch["pixel_values"])
+        return batch
 
     def evaluate(self, trainer: Trainer, stage: str) -> dict[str, float]:
         """Return accuracy and loss on the images to evaluate on.
