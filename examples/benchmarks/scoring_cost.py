@@ -182,11 +182,10 @@ def do(work: Work) -> Cost:
     run(tiny)  # whatever is set up at the first use of a kernel is not the stage's
     model.zero_grad()
     before = most_memory()
-    run(batches)
+    seconds = [_seconds(run, batches)]
     memory = most_memory() - before
-    training(batches)
-    seconds, passes = [], []
-    for _ in range(work.repeats):
+    passes = [seconds[0] / _seconds(training, batches)]
+    for _ in range(work.repeats - 1):
         one = _seconds(training, batches)
         seconds.append(_seconds(run, batches))
         passes.append(seconds[-1] / one)
