@@ -121,7 +121,8 @@ def main(argv: Sequence[str] | None = None) -> str:
                 figures = [f"{cost.seconds:.2f}", f"{cost.passes:.2f}", f"{cost.mebibytes:.0f}"]
                 times = f"{cost.mebibytes / plain:.2f}" if plain else ""
                 lines.append([shape, f"{cost.params / 1e6:.1f}", str(number), stage, *figures, times])
-    text = "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + "\n"
+                print(_row(lines[-1]), file=sys.stderr, flush=True)  # the whole takes long
+    text = "\n".join(map(_row, lines)) + "\n"
     text += (
         f"\n{own.batch} x {own.tokens} tokens a batch, {own.threads} thread(s), median of {own.repeats}; "
         f"torch {torch.__version__}, {torch.cuda.get_device_name() if torch.cuda.is_available() else 'CPU'}\n"
@@ -129,6 +130,10 @@ def main(argv: Sequence[str] | None = None) -> str:
     )
     print(text)
     return text
+
+
+def _row(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
 
 
 def alone(work: Work) -> Cost:
