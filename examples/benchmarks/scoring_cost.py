@@ -31,7 +31,7 @@ from torch import Tensor
 from transformers import BertConfig, BertForSequenceClassification
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from trace_runs import most_memory
+from trace_runs import most_memory, reset_most_memory
 
 from hap_hf import Compensation, HapConfig, find_groups, score_groups, score_in_passes
 
@@ -186,7 +186,7 @@ def do(work: Work) -> Cost:
 
     run(tiny)  # whatever is set up at the first use of a kernel is not the stage's
     model.zero_grad()
-    before = most_memory()
+    before = reset_most_memory()
     seconds = [_seconds(run, batches)]
     memory = most_memory() - before
     passes = [seconds[0] / _seconds(training, batches)]

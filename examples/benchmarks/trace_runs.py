@@ -1,5 +1,7 @@
 """Runs of estimators of trace scores, each in a process of its own, so that time and memory are that of it alone."""
 
+import contextlib
+import ctypes
 import gc
 import multiprocessing
 import resource
@@ -198,15 +200,28 @@ def _run(material: Path, config: HapConfig, name: str, numbers: Sequence[int], t
     few = [few_samples(batches[0])]
     for _ in ESTIMATORS[name](replace(task, batches=few), [min(numbers[0], 2)]):
         pass  # whatever is set up at the first use of a kernel is not the estimator's
-    gc.collect()
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    before = most_memory()
+    before = reset_most_memory()
     runs = [list(ESTIMATORS[name](task, numbers))]
     while len(runs) < _REPEATS and len(runs) * sum(estimate.seconds for estimate in runs[0]) < _SHORT:
         runs.append(list(ESTIMATORS[name](task, numbers)))
     memory = most_memory() - before
     return [replace(min(each, key=lambda e: e.seconds), mebibytes=memory) for each in zip(*runs, strict=True)]
+
+
+def reset_most_memory() -> float:
+    """Let :func:`most_memory` begin anew from what is in use, on a GPU and on Linux; elsewhere it never falls.
+
+    Returns:
+        What it is then.
+    """
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    elif sys.platform == "linux":
+        with contextlib.suppress(AttributeError):  # other C libraries return what is freed by themselves
+            ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+    return most_memory()
 
 
 def most_memory() -> float:
