@@ -3,7 +3,7 @@ r"""What scoring costs beside training on the same batches: time, memory, growth
 For BERTs of several sizes with random weights, each stage runs in a process of its own, in turns with a plain forward
 and backward pass over the same batches; the column ``passes`` is the median ratio of the two. Memory is the most
 that the process had beyond its model, on the CPU the resident set, and ``times training`` what that is to the memory
-of a forward and backward pass that stores a gradient for every parameter, in another process.
+of a training of the same batches with AdamW, in another process.
 
 Stages: a method's scores (``ggn``, ``mask_ggn``, ``mask_fisher``, ``hessian``, whose figures are those of a single
 probe, with ``--probes`` of them made), ``compensation``, which measures what layers read, and ``default``, which does
@@ -16,6 +16,7 @@ in that precision.
 """
 
 import argparse
+import copy
 import multiprocessing
 import shlex
 import statistics
@@ -184,8 +185,7 @@ def do(work: Work) -> Cost:
         for batch in some:
             model(**batch).loss.backward()
 
-    run(tiny)  # whatever is set up at the first use of a kernel is not the stage's
-    model.zero_grad()
+    stage_of(work, copy.deepcopy(model))(tiny)  # whatever is set up at the first use of a kernel is not the stage's
     before = reset_most_memory()
     seconds = [_seconds(run, batches)]
     memory = most_memory() - before
@@ -216,10 +216,13 @@ def stage_of(work: Work, model: BertForSequenceClassification) -> Callable[[Sequ
     name, _, precision = work.stage.partition("@")
     if name == "training":
 
+        optimizer = torch.optim.AdamW(model.parameters())
+
         def training(batches: Sequence[Batch]) -> None:
-            model.zero_grad()
             for batch in batches:
+                optimizer.zero_grad()
                 model(**batch).loss.backward()
+                optimizer.step()
 
         return training
     method = name if name not in {"compensation", "default"} else "mask_ggn"
