@@ -215,7 +215,6 @@ def stage_of(work: Work, model: BertForSequenceClassification) -> Callable[[Sequ
     """
     name, _, precision = work.stage.partition("@")
     if name == "training":
-
         optimizer = torch.optim.AdamW(model.parameters())
 
         def training(batches: Sequence[Batch]) -> None:
