@@ -23,6 +23,7 @@ from hap_hf.report import PruningReport, make_report, measure_size
 from hap_hf.selection import make_plan, score_in_passes, select_groups
 from hap_hf.selection.rounds import Amounts, config_of_round
 from hap_hf.surgery import (
+    TensorChange,
     apply_plan_,
     carry_optimizer_state_,
     collect_input_moments,
@@ -167,7 +168,10 @@ def _whole_round(
     moments = collect_input_moments(model, wanted, used, processes=processes) if wanted else {}
     clock.lap("calibration")
     check_recordable(model, plan)
-    changes = () if compensation is None else compensation.apply_(plan)
+    changes: tuple[TensorChange, ...] = ()
+    if compensation is not None:
+        changes = compensation.apply_best_(plan, used, now, loss_fn=loss_fn)
+        clock.lap("compensation")
     changes += apply_plan_(model, plan, init=now.implant_init, input_moments=moments)
     # The same decomposition may differ in its last bits from one machine to the next.
     processes.adopt_first_("implants", [c.new for c in changes if c.old is None])

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 import hap_hf.pipeline
 from hap_hf import (
+    BatchError,
     Compensation,
     apply_plan_,
     find_groups,
@@ -26,6 +27,7 @@ from hap_hf import (
 )
 from hap_hf.compensation.fit import fit_removed
 from hap_hf.group import Group, Kind, Role, Slice
+from hap_hf.plan import PRUNE
 from hap_hf.surgery.masking import masked
 
 
@@ -56,7 +58,7 @@ def test_new_weights_do_what_predicted_inputs_would_do() -> None:
     compensation = measured(model, groups)
     (path,) = compensation.moments
     layer = model.get_submodule(path)
-    fit = fit_removed(compensation.moments[path], torch.tensor(gone), layer.weight, constant=True)
+    (fit,) = fit_removed(compensation.moments[path], torch.tensor(gone), layer.weight, constant=True)
     assert fit is not None
 
     def predicted(module: nn.Module, args: tuple[Tensor], output: Tensor) -> Tensor:
@@ -138,7 +140,7 @@ def test_prune_compensates_by_default_with_mask_ggn_and_only_then() -> None:
     compensation = Compensation.measure(by_hand, groups, batches, settings)
     scores = score_in_passes(by_hand, groups, batches, settings, compensation=compensation)
     plan = make_plan(groups, scores, settings)
-    compensation.apply_(plan)
+    compensation.apply_best_(plan, batches, settings)
     apply_plan_(by_hand, plan)
     model, plain = bert().eval(), bert().eval()
     report = prune(model, batches, settings)
@@ -146,6 +148,51 @@ def test_prune_compensates_by_default_with_mask_ggn_and_only_then() -> None:
     assert torch.equal(logits(model, TEXT), logits(by_hand, TEXT))
     prune(plain, batches, config(prune_ratio=0.4, method="mask_ggn", num_passes=2, compensate=False))
     assert not torch.allclose(logits(model, TEXT), logits(plain, TEXT))
+
+
+def test_of_several_regularisations_the_one_with_the_least_loss_is_taken() -> None:
+    model = bert().eval()
+    groups = find_groups(model, TEXT)
+    compensation = measured(model, groups)
+    removed = every_third(groups)
+
+    def loss(weights: dict[str, Tensor]) -> float:
+        with masked(model, removed.items()), torch.no_grad():
+            return float(torch.func.functional_call(model, weights, kwargs=TEXT).loss)
+
+    choices = [{}, *compensation._values_by_floor(list(removed.items()), [10.0, 1.0, 0.0])]
+    losses = [loss(values) for values in choices]
+    assert len(set(losses)) == 4
+    best = choices[losses.index(min(losses))]
+    compensation.apply_best_(plan_of(removed), [TEXT], EXACT)
+    assert all(torch.equal(model.get_parameter(name), value) for name, value in best.items())
+
+
+def test_compensation_that_makes_the_model_worse_is_not_done() -> None:
+    model = bert().eval()
+    groups = find_groups(model, TEXT)
+    plan = plan_of(every_third(groups))
+    before = snapshot(model)
+    with masked(model, [(g.group, g.units(PRUNE)) for g in plan]):
+        cut = logits(model, TEXT)
+
+    def loss(module: nn.Module, batch: Any) -> Tensor:
+        return (module(**batch).logits - cut).square().mean()
+
+    changes = measured(model, groups).apply_best_(plan, [TEXT], EXACT, loss_fn=loss)
+    assert changes == ()
+    assert snapshot(model) == before
+
+
+def test_batches_to_compare_losses_on_must_have_loss_terms() -> None:
+    model = bert().eval()
+    groups = find_groups(model, TEXT)
+    compensation = measured(model, groups)
+    before = snapshot(model)
+    unlabelled = {**TEXT, "labels": torch.full((6,), -100)}
+    with pytest.raises(BatchError, match="expected loss terms in the batches, got 1 with none"):
+        compensation.apply_best_(plan_of(every_third(groups)), [unlabelled], EXACT)
+    assert snapshot(model) == before
 
 
 def test_an_error_after_compensation_puts_the_weights_back(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -131,7 +131,7 @@ def test_the_fit_is_the_ridge_regression_that_serves_the_other_half_best(constan
     best = min(RIDGES, key=crossed)
     x, w = (torch.cat(parts) for parts in zip(*halves, strict=True))
     expected = ridge_regression(x, w, kept, removed, best, constant)
-    fit = fit_removed(torch.stack([moment(*h) for h in halves]), removed, rows, constant=constant)
+    (fit,) = fit_removed(torch.stack([moment(*h) for h in halves]), removed, rows, constant=constant)
     assert fit is not None
     assert 0 < RIDGES.index(best) < len(RIDGES) - 1, "a case in which neither end is best"
     weights = rows[:, removed] @ expected.T
@@ -143,22 +143,37 @@ def test_the_fit_is_the_ridge_regression_that_serves_the_other_half_best(constan
     )
 
 
+def test_no_weaker_regularisation_than_the_floor_is_chosen() -> None:
+    kept, removed, rows = torch.tensor([0, 2, 3, 5]), torch.tensor([1, 4]), torch.ones(3, 6).double()
+    halves = list(samples(3))
+    both = torch.stack([moment(*h) for h in halves])
+    free, *others = fit_removed(both, removed, rows, constant=True, floors=[0.0, *RIDGES])
+    x, w = (torch.cat(parts) for parts in zip(*halves, strict=True))
+    for floor, fit in zip(RIDGES[:3], others, strict=False):
+        expected = rows[:, removed] @ ridge_regression(x, w, kept, removed, floor, True).T
+        assert fit is not None
+        torch.testing.assert_close(fit.weights, expected[:, :4], rtol=1e-7, atol=1e-9)
+    assert free is not None
+    assert others[-1] is not None
+    assert torch.equal(others[-1].weights, free.weights)
+
+
 def test_inputs_that_tell_nothing_of_each_other_are_left_alone() -> None:
     torch.manual_seed(0)
     halves = torch.stack([moment(torch.randn(6, 5).double(), torch.ones(6).double()) for _ in range(2)])
-    assert fit_removed(halves, torch.tensor([0]), torch.ones(1, 5).double(), constant=False) is None
+    assert fit_removed(halves, torch.tensor([0]), torch.ones(1, 5).double(), constant=False) == [None]
 
 
 @pytest.mark.parametrize("empty", [(0,), (1,), (0, 1)])
 def test_nothing_is_fitted_without_samples_to_check_it_on(empty: tuple[int, ...]) -> None:
     halves = torch.stack([moment(*h) for h in samples(1)])
     halves[list(empty)] = 0
-    assert fit_removed(halves, torch.tensor([1]), torch.ones(1, 6).double(), constant=True) is None
+    assert fit_removed(halves, torch.tensor([1]), torch.ones(1, 6).double(), constant=True) == [None]
 
 
 def test_all_units_can_go_and_the_bias_takes_their_mean() -> None:
     halves = list(samples(2))
-    fit = fit_removed(
+    (fit,) = fit_removed(
         torch.stack([moment(*h) for h in halves]), torch.arange(6), torch.ones(1, 6).double(), constant=True
     )
     assert fit is None or fit.weights.shape == (1, 0)

@@ -176,7 +176,7 @@ def prune_in_each_way(
             scores = score_in_passes(dense, groups, batches, now, compensation=compensation)
         plan = make_plan(groups, scores, now)
         if compensation is not None:
-            Compensation.of(model, groups, compensation.moments).apply_(plan)
+            Compensation.of(model, groups, compensation.moments).apply_best_(plan, batches, now)
         _cut(model, plan, now.implant_init, batches)
         report = make_report(plan, scores, before, measure_size(model, material.batch(1)), {})
         results = {

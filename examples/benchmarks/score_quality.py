@@ -185,7 +185,7 @@ def prune_in_passes(
     plan = PruningPlan((tuple(chosen[group.name] for group in groups),), {})
     model = copy.deepcopy(subject.model)
     if criterion.endswith("+"):
-        Compensation.of(model, groups, known["moments"]).apply_(plan)
+        Compensation.of(model, groups, known["moments"]).apply_best_(plan, subject.batches, config)
     apply_plan_(model, plan)
     return model
 

@@ -1,6 +1,7 @@
 """Making up for units that go, in the weights that read those that stay."""
 
 import logging
+import math
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,13 +18,16 @@ from hap_hf.group import Group, Role
 from hap_hf.losses import LossFunction, model_loss
 from hap_hf.plan import PRUNE, PruningPlan
 from hap_hf.processes import ALONE, Processes
-from hap_hf.scores import ScoringTask
+from hap_hf.scores import ScoringTask, mean_loss
 from hap_hf.scores.memory import in_batches_that_fit
 from hap_hf.surgery.apply import TensorChange
 from hap_hf.surgery.masking import Units, channels, masked
 from hap_hf.surgery.values import replace_values_, replaced_values
 
 logger = logging.getLogger(__name__)
+
+FLOORS = (10.0, 1.0, 0.0)
+"""Weakest regularisations that are tried on the whole model."""
 
 
 @dataclass(frozen=True)
@@ -105,25 +109,29 @@ class Compensation:
             New values by name of the parameter, for the layers that read some of these units. The columns that read
             them are as they were.
         """
+        (values,) = self._values_by_floor(gone, [0.0])
+        return values
+
+    def _values_by_floor(self, gone: Units, floors: Sequence[float]) -> list[dict[str, Tensor]]:
+        """Return the values where no layer may choose a weaker regularisation than each of some floors."""
         removed = channels(gone, {Role.CONSUMER})
-        values: dict[str, Tensor] = {}
-        fits = []
+        values: list[dict[str, Tensor]] = [{} for _ in floors]
+        left = []
         for reader in self.readers:
             if reader.path not in self.moments or not removed.get(reader.path):
                 continue
             halves = self.moments[reader.path]
             rows = torch.cat([_rows(self.model.get_parameter(n), dim) for n, dim in reader.inputs.items()])
             index = torch.tensor(sorted(set(removed[reader.path])), device=halves.device)
-            fit = fit_removed(halves, index, rows, constant=reader.takes_constant)
-            values |= self._values(reader, fit)
-            if fit is not None:
-                fits.append(fit)
-        self.processes.adopt_first_("compensated weights", values.values())
-        if fits:
-            left = sum(f.unexplained for f in fits) / len(fits)
-            logger.debug(
-                "compensation of %d layers: %.0f%% of what they lose is left on average", len(fits), 100 * left
-            )
+            fits = fit_removed(halves, index, rows, constant=reader.takes_constant, floors=floors)
+            for some, fit in zip(values, fits, strict=True):
+                some |= self._values(reader, fit)
+            left.append(1.0 if fits[-1] is None else fits[-1].unexplained)
+        for some in values:
+            self.processes.adopt_first_("compensated weights", some.values())
+        if left:
+            share = 100 * sum(left) / len(left)
+            logger.debug("compensation of %d layers: %.0f%% of what they lose is left on average", len(left), share)
         return values
 
     def _values(self, reader: Reader, fit: Fit | None) -> dict[str, Tensor]:
@@ -165,7 +173,54 @@ class Compensation:
         Returns:
             The parameters that were replaced, for :func:`hap_hf.surgery.carry_optimizer_state_`.
         """
-        return replace_values_(self.model, self.values([(g.group, g.units(PRUNE)) for g in plan]))
+        return replace_values_(self.model, self.values(_gone(plan)))
+
+    def apply_best_(
+        self,
+        plan: PruningPlan,
+        batches: Iterable[Mapping[str, Any]],
+        config: HapConfig,
+        *,
+        loss_fn: LossFunction | None = None,
+    ) -> tuple[TensorChange, ...]:
+        """Make up for the units that a plan is about to prune so that the whole model loses least.
+
+        What a layer chooses for itself is right for the inputs that it has in the model with all its units. The more
+        goes, the less they are those that it will have, and a layer that lives on small differences between them
+        amplifies what the layers before it got wrong. So the loss decides whether all layers choose freely, or only
+        among stronger regularisations, or are left as they are. It takes a forward pass of every batch for each.
+
+        Args:
+            plan: A plan of one stage, not applied yet.
+            batches: Batches to compute the loss on: those that were measured, or others. They are drawn several times.
+            config: ``precision``, ``max_batches`` and ``progress`` are used.
+            loss_fn: Mean loss of the model on a batch.
+
+        Returns:
+            The parameters that were replaced, for :func:`hap_hf.surgery.carry_optimizer_state_`.
+
+        Raises:
+            BatchError: If there are no batches, or they hold no loss terms.
+        """
+        gone = _gone(plan)
+        task = ScoringTask(self.model, [], batches, config, loss_fn or model_loss, self.processes)
+        losses = {}
+        choices = {math.inf: {}, **dict(zip(FLOORS, self._values_by_floor(gone, FLOORS), strict=True))}
+        for floor, values in choices.items():
+            with replaced_values(self.model, values), masked(self.model, gone):
+                losses[floor] = in_batches_that_fit(mean_loss, task)
+        best = min(losses, key=lambda floor: losses[floor])
+        logger.info(
+            "compensation regularised by %g and more: loss %.4g, %.4g without any",
+            best,
+            losses[best],
+            losses[math.inf],
+        )
+        return replace_values_(self.model, choices[best])
+
+
+def _gone(plan: PruningPlan) -> list[tuple[Group, list[int]]]:
+    return [(group.group, group.units(PRUNE)) for group in plan]
 
 
 def _rows(weight: Tensor, dim: int) -> Tensor:

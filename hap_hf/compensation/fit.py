@@ -1,11 +1,13 @@
 """What is predictable of some inputs of a layer from its other inputs."""
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-RIDGES = (1.0, 1e-1, 1e-2, 1e-3, 1e-4)
+RIDGES = (10.0, 1.0, 1e-1, 1e-2, 1e-3, 1e-4)
 """Strengths of regularisation to choose from, relative to the mean second moment of an input."""
 
 
@@ -27,7 +29,9 @@ class Fit:
     unexplained: float
 
 
-def fit_removed(halves: Tensor, removed: Tensor, rows: Tensor, *, constant: bool) -> Fit | None:
+def fit_removed(
+    halves: Tensor, removed: Tensor, rows: Tensor, *, constant: bool, floors: Sequence[float] = (0.0,)
+) -> list[Fit | None]:
     r"""Return how what a layer made of its removed inputs x_R is best made of the kept ones x_K.
 
     Ridge regression: ``D`` and ``c`` minimise ``sum_t w_t ||W_R x_R - D x_K - c||^2 + r m ||D||^2`` over positions t
@@ -47,9 +51,11 @@ def fit_removed(halves: Tensor, removed: Tensor, rows: Tensor, *, constant: bool
         removed: Indices of the removed inputs.
         rows: The layer's weights, ``[outputs, inputs]``.
         constant: Whether the layer has a bias that c may go to.
+        floors: Weakest strengths that may be chosen.
 
     Returns:
-        The fit; None if the removed inputs are no loss, or if no fit helps on samples that were not fitted.
+        For each floor the fit; None if the removed inputs are no loss, or if no fit helps on samples that were not
+        fitted.
     """
     halves, rows = halves.double(), rows.detach().to(halves.device).double()
     one = halves.shape[-1] - 1
@@ -59,20 +65,23 @@ def fit_removed(halves: Tensor, removed: Tensor, rows: Tensor, *, constant: bool
         _Problem.of(half, known, removed, rows[:, removed], len(kept)) for half in (*halves, halves.sum(0))
     )
     if not both.lost > 0 or not all(p.mean_square > 0 for p in (first, second)):
-        return None
-    best, least = None, both.lost
+        return [None] * len(floors)
+    errors = {math.inf: both.lost}  # of the strengths that are worth it, from no fit at all on
     for ridge in RIDGES:
         solutions = first.solution(ridge), second.solution(ridge)
         if solutions[0] is None or solutions[1] is None:
             break
         error = second.error(solutions[0]) + first.error(solutions[1])
-        if error >= least:
+        if error >= min(errors.values()):
             break
-        best, least = ridge, error
-    if best is None or (solution := both.solution(best)) is None:
-        return None
-    constants = solution[:, -1] if constant else torch.zeros_like(solution[:, 0])
-    return Fit(kept, solution[:, : len(kept)], constants, least / both.lost)
+        errors[ridge] = error
+    chosen = [min(ridge for ridge in errors if ridge >= floor) for floor in floors]
+    fits = dict.fromkeys(chosen)
+    for ridge in fits:
+        if not math.isinf(ridge) and (solution := both.solution(ridge)) is not None:
+            constants = solution[:, -1] if constant else torch.zeros_like(solution[:, 0])
+            fits[ridge] = Fit(kept, solution[:, : len(kept)], constants, errors[ridge] / both.lost)
+    return [fits[ridge] for ridge in chosen]
 
 
 def _others(removed: Tensor, total: int) -> Tensor:

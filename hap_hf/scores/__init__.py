@@ -29,10 +29,10 @@ from hap_hf.scores.gradients import (
 from hap_hf.scores.hessian import by_hessian, by_hessian_split
 from hap_hf.scores.memory import in_batches_that_fit
 from hap_hf.scores.sensitivity import Scores, unit_sensitivity
-from hap_hf.scores.task import ScoringTask
+from hap_hf.scores.task import ScoringTask, mean_loss
 from hap_hf.scores.units import UnitWeights, roles_of
 
-__all__ = ["METHODS", "Scores", "ScoringTask", "UnitWeights", "score_groups", "unit_sensitivity"]
+__all__ = ["METHODS", "Scores", "ScoringTask", "UnitWeights", "mean_loss", "score_groups", "unit_sensitivity"]
 
 
 def score_groups(

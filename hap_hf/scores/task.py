@@ -1,5 +1,6 @@
 """What a criterion is given, and the batches of it made ready."""
 
+import math
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -16,6 +17,7 @@ from tqdm.auto import tqdm  # type: ignore[import-untyped]
 from hap_hf.batches import batch_size
 from hap_hf.config import HapConfig, Precision
 from hap_hf.curvature import SampleBatch, preserved, rademacher
+from hap_hf.curvature.batch_loss import check_counts
 from hap_hf.group import Group
 from hap_hf.losses import LossFunction, batch_losses
 from hap_hf.processes import ALONE, Processes
@@ -151,3 +153,28 @@ def num_samples(batch: Mapping[str, Any]) -> int:
     """
     labels = batch.get("labels")
     return labels.shape[0] if isinstance(labels, Tensor) and labels.dim() else batch_size(batch)
+
+
+def mean_loss(task: ScoringTask) -> float:
+    """Return the mean of all loss terms of a task's batches.
+
+    Args:
+        task: The model and the batches.
+
+    Returns:
+        The mean; infinite where it is not finite.
+
+    Raises:
+        BatchError: If there are no batches, or no loss terms in them.
+    """
+    total, seen, num_terms = torch.zeros((), dtype=torch.float64, device="cpu"), 0, 0
+    with task.ready({}, "loss", "batch", twice=False) as tick, torch.no_grad():
+        for loss, number in task.losses():
+            seen, num_terms = seen + 1, num_terms + number
+            if number:
+                total += number * loss().double().cpu()
+            tick()
+    sums = task.processes.summed("losses", {"loss": total, "counts": torch.tensor([seen, num_terms], device="cpu")})
+    check_counts(*sums["counts"].tolist())
+    mean = sums["loss"].item() / sums["counts"][1].item()
+    return mean if math.isfinite(mean) else math.inf
