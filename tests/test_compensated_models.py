@@ -164,7 +164,7 @@ def test_of_several_regularisations_the_one_with_the_least_loss_is_taken() -> No
     losses = [loss(values) for values in choices]
     assert len(set(losses)) == 4
     best = choices[losses.index(min(losses))]
-    compensation.apply_best_(plan_of(removed), [TEXT], EXACT)
+    compensation.apply_best_(plan_of(removed), iter([TEXT]), EXACT)
     assert all(torch.equal(model.get_parameter(name), value) for name, value in best.items())
 
 

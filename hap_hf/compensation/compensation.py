@@ -5,6 +5,7 @@ import math
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, Self
 
 import torch
@@ -192,7 +193,7 @@ class Compensation:
 
         Args:
             plan: A plan of one stage, not applied yet.
-            batches: Batches to compute the loss on: those that were measured, or others. They are drawn several times.
+            batches: Batches to compute the loss on: those that were measured, or others.
             config: ``precision``, ``max_batches`` and ``progress`` are used.
             loss_fn: Mean loss of the model on a batch.
 
@@ -203,7 +204,8 @@ class Compensation:
             BatchError: If there are no batches, or they hold no loss terms.
         """
         gone = _gone(plan)
-        task = ScoringTask(self.model, [], batches, config, loss_fn or model_loss, self.processes)
+        used = list(islice(batches, config.max_batches))  # the same ones each time that they are gone through
+        task = ScoringTask(self.model, [], used, config, loss_fn or model_loss, self.processes)
         losses = {}
         choices = {math.inf: {}, **dict(zip(FLOORS, self._values_by_floor(gone, FLOORS), strict=True))}
         for floor, values in choices.items():
