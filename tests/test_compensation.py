@@ -158,6 +158,22 @@ def test_no_weaker_regularisation_than_the_floor_is_chosen() -> None:
     assert torch.equal(others[-1].weights, free.weights)
 
 
+def test_many_outputs_are_fitted_like_each_alone_with_the_strength_that_serves_all() -> None:
+    kept, removed = torch.tensor([0, 2, 3, 5]), torch.tensor([1, 4])
+    halves = list(samples(3, number=8))
+    both = torch.stack([moment(*h) for h in halves])
+    rows = torch.randn(300, 6).double()
+    few, many = (fit_removed(both, removed, r, constant=True)[0] for r in (rows[:3], rows))
+    assert few is not None
+    assert many is not None
+    assert any(  # all outputs have the same strength
+        torch.allclose(many.weights, rows[:, removed] @ ridge_regression(*each, kept, removed, r, True).T[:, :4])
+        for r in RIDGES
+        for each in [tuple(torch.cat(parts) for parts in zip(*halves, strict=True))]
+    )
+    assert many.unexplained == pytest.approx(few.unexplained, rel=0.5)
+
+
 def test_inputs_that_tell_nothing_of_each_other_are_left_alone() -> None:
     torch.manual_seed(0)
     halves = torch.stack([moment(torch.randn(6, 5).double(), torch.ones(6).double()) for _ in range(2)])
