@@ -7,7 +7,7 @@ the plan, alone, makes the model smaller, now or later inside ``from_pretrained`
     compensation = Compensation.measure(model, groups, batches, config)
     scores = score_in_passes(model, groups, batches, config, compensation=compensation)
     plan = make_plan(groups, scores, config)
-    compensation.apply_(plan)                       # what stays makes up for what goes
+    compensation.apply_best_(plan, batches, config)  # what stays makes up for what goes
     apply_plan_(model, plan)
 
 ``prune`` does all of it, and ``HessianPruner`` does it inside the ``Trainer``. Importing this package is what lets

@@ -79,8 +79,8 @@ def test_ctrl_c_after_any_stage_leaves_everything_as_it_was(tmp_path, stage):
 
 def test_ctrl_c_after_compensation_leaves_everything_as_it_was(tmp_path):
     trainer, remember = interrupted_training(tmp_path)
-    interrupted = raising_after(Compensation.apply_, KeyboardInterrupt())
-    with mock.patch.object(Compensation, "apply_", interrupted), pytest.raises(KeyboardInterrupt):
+    interrupted = raising_after(Compensation.apply_best_, KeyboardInterrupt())
+    with mock.patch.object(Compensation, "apply_best_", interrupted), pytest.raises(KeyboardInterrupt):
         trainer.train()
     assert_usable(trainer, remember.before[3])
 
