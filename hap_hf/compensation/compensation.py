@@ -111,6 +111,10 @@ class Compensation:
             them are as they were.
         """
         (values,) = self._values_by_floor(gone, [0.0])
+        return self._adopted(values)
+
+    def _adopted(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        self.processes.adopt_first_("compensated weights", values.values())
         return values
 
     def _values_by_floor(self, gone: Units, floors: Sequence[float]) -> list[dict[str, Tensor]]:
@@ -128,8 +132,6 @@ class Compensation:
             for some, fit in zip(values, fits, strict=True):
                 some |= self._values(reader, fit)
             left.append(1.0 if fits[-1] is None else fits[-1].unexplained)
-        for some in values:
-            self.processes.adopt_first_("compensated weights", some.values())
         if left:
             share = 100 * sum(left) / len(left)
             logger.debug("compensation of %d layers: %.0f%% of what they lose is left on average", len(left), share)
@@ -218,7 +220,7 @@ class Compensation:
             losses[best],
             losses[math.inf],
         )
-        return replace_values_(self.model, choices[best])
+        return replace_values_(self.model, self._adopted(choices[best]))
 
 
 def _gone(plan: PruningPlan) -> list[tuple[Group, list[int]]]:
