@@ -19,6 +19,7 @@ import importlib.util
 from hap_hf.checkpoint import load_pruned_heads, plan_of, record_plan, save_pruned, wrap_timm
 from hap_hf.compensation import Compensation
 from hap_hf.config import Coupling, HapConfig, ImplantInit, Method, Precision
+from hap_hf.criteria import Scores, score_groups
 from hap_hf.discovery import find_groups
 from hap_hf.errors import (
     BatchError,
@@ -30,16 +31,15 @@ from hap_hf.errors import (
     PlanMismatchError,
     UnsupportedModelError,
 )
-from hap_hf.group import Counter, Group, Kind, Role, Slice
+from hap_hf.layers.implant_conv import ImplantConv2d
+from hap_hf.layers.implant_linear import ImplantLinear
+from hap_hf.model.change import TensorChange
+from hap_hf.names.group import Counter, Group, Kind, Role, Slice
+from hap_hf.names.plan import GroupPlan, PruningPlan
 from hap_hf.pipeline import prune
-from hap_hf.plan import GroupPlan, PruningPlan
 from hap_hf.report import ModelSize, PruningReport, measure_size
-from hap_hf.scores import Scores, score_groups
 from hap_hf.selection import make_plan, score_in_passes
 from hap_hf.surgery import (
-    ImplantConv2d,
-    ImplantLinear,
-    TensorChange,
     apply_plan_,
     carry_optimizer_state_,
     check_plan,

@@ -1,13 +1,12 @@
 """Every choice a user can make, checked when it is made."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from enum import StrEnum
 from typing import Any, TypeVar
 
 from hap_hf.errors import ConfigError
-from hap_hf.group import Kind
+from hap_hf.names.group import Kind
 
 _E = TypeVar("_E", bound=StrEnum)
 
@@ -249,18 +248,6 @@ class HapConfig:
         if unknown:
             raise ConfigError(f"unknown settings {unknown}; known are {sorted(known)}")
         return cls(**values)
-
-
-def floor_share(amount: float) -> int:
-    """Return ``amount`` rounded down, as the integer it was meant to be: 0.29 of 100 is 29, not 28.
-
-    Args:
-        amount: A share times a count.
-
-    Returns:
-        The largest integer that is at most a rounding error above ``amount``.
-    """
-    return math.floor(amount + 1e-6)
 
 
 def _plain(value: Any) -> Any:

@@ -10,26 +10,21 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from hap_hf.batches import as_mapping
 from hap_hf.checkpoint import check_recordable, record_plan
 from hap_hf.compensation import Compensation
 from hap_hf.config import HapConfig, ImplantInit
 from hap_hf.discovery import find_groups
 from hap_hf.errors import BatchError
-from hap_hf.losses import LossFunction
-from hap_hf.plan import IMPLANT
-from hap_hf.processes import ALONE, Processes
+from hap_hf.evidence.batches import as_mapping
+from hap_hf.evidence.losses import LossFunction
+from hap_hf.evidence.processes import ALONE, Processes
+from hap_hf.model.change import TensorChange
+from hap_hf.model.rollback import undone_on_error
+from hap_hf.names.plan import IMPLANT
 from hap_hf.report import PruningReport, make_report, measure_size
 from hap_hf.selection import make_plan, score_in_passes, select_groups
 from hap_hf.selection.rounds import Amounts, config_of_round
-from hap_hf.surgery import (
-    TensorChange,
-    apply_plan_,
-    carry_optimizer_state_,
-    collect_input_moments,
-    recalibrate_batch_norms_,
-    undone_on_error,
-)
+from hap_hf.surgery import apply_plan_, carry_optimizer_state_, collect_input_moments, recalibrate_batch_norms_
 
 logger = logging.getLogger(__name__)
 

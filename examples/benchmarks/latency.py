@@ -37,8 +37,8 @@ from transformers import BertConfig, BertForSequenceClassification
 
 import hap_hf.cifar  # noqa: F401 (makes its architectures known to timm)
 from hap_hf import HapConfig, ModelSize, PruningPlan, apply_plan_, find_groups, make_plan, measure_size, score_groups
-from hap_hf.footprint import footprint, whole_footprint
-from hap_hf.plan import IMPLANT
+from hap_hf.names.footprint import footprint, whole_footprint
+from hap_hf.names.plan import IMPLANT
 
 logger = logging.getLogger("latency")
 

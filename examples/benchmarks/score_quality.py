@@ -55,8 +55,8 @@ from hap_hf import (
     recalibrate_batch_norms_,
     score_groups,
 )
-from hap_hf.plan import PRUNE, GroupPlan
-from hap_hf.surgery.masking import Units, masked
+from hap_hf.model.masking import Units, masked
+from hap_hf.names.plan import PRUNE, GroupPlan
 
 
 def main(argv: Sequence[str] | None = None) -> str:

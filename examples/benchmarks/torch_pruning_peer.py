@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hap_hf import Group, Kind
-from hap_hf.group import Role
+from hap_hf.names.group import Role
 
 IMPORTANCES = {"tp_taylor": "GroupTaylorImportance", "tp_hessian": "GroupHessianImportance"}
 

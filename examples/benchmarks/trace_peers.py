@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hap_hf.batches import move_to_model
-from hap_hf.losses import count_loss_terms, model_loss
-from hap_hf.scores import ScoringTask, UnitWeights
-from hap_hf.scores.units import Factors, roles_of
+from hap_hf.criteria import UnitWeights
+from hap_hf.criteria.units import Factors, roles_of
+from hap_hf.evidence.batches import move_to_model
+from hap_hf.evidence.losses import count_loss_terms, model_loss
+from hap_hf.evidence.task import ScoringTask
 
 Vector = Mapping[str, Tensor]
 Product = Callable[[Vector], Vector]

@@ -19,12 +19,13 @@ from torch import Tensor, nn
 from trace_peers import PEERS, by_peer
 
 from hap_hf import Group, HapConfig, Method, score_groups
-from hap_hf.batches import few_samples
 from hap_hf.config import Hvp
+from hap_hf.criteria import UnitWeights
+from hap_hf.criteria.units import roles_of
 from hap_hf.curvature import LinearisedLosses, estimate_traces
-from hap_hf.losses import model_loss
-from hap_hf.scores import ScoringTask, UnitWeights
-from hap_hf.scores.units import roles_of
+from hap_hf.evidence.batches import few_samples
+from hap_hf.evidence.losses import model_loss
+from hap_hf.evidence.task import ScoringTask
 
 Settings = Mapping[str, Any]
 _REPEATS, _SHORT = 5, 10.0

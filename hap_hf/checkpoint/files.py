@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from hap_hf.errors import PlanMismatchError
-from hap_hf.plan import PruningPlan
+from hap_hf.names.plan import PruningPlan
 
 SMALL = 2**20
 """Rows and columns that are cut without asking how large the weights are."""

@@ -15,8 +15,8 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from hap_hf.checkpoint.loading import HapPlanConfig
 from hap_hf.discovery import find_groups
 from hap_hf.errors import ConfigError, PlanFormatError, PlanMismatchError, UnsupportedModelError
-from hap_hf.group import Group, Kind
-from hap_hf.plan import KEEP, PRUNE, GroupPlan, PruningPlan
+from hap_hf.names.group import Group, Kind
+from hap_hf.names.plan import KEEP, PRUNE, GroupPlan, PruningPlan
 
 HUB_ARGUMENTS = (
     "cache_dir",

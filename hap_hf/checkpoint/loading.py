@@ -22,7 +22,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from hap_hf.checkpoint.files import check_files, check_sizes
 from hap_hf.errors import ConfigError, PlanFormatError, PlanMismatchError
-from hap_hf.plan import GroupPlan, PruningPlan
+from hap_hf.names.plan import GroupPlan, PruningPlan
 from hap_hf.surgery import apply_plan_
 
 logger = logging.getLogger(__name__)

@@ -9,10 +9,10 @@ from transformers import PreTrainedModel
 
 from hap_hf.checkpoint.loading import QUANT_METHOD, HapPlanConfig
 from hap_hf.checkpoint.vanilla import stock_config
-from hap_hf.discovery.adapters import check_no_adapters
 from hap_hf.errors import ConfigError, PlanMismatchError, UnsupportedModelError
-from hap_hf.group import Role
-from hap_hf.plan import IMPLANT, PRUNE, PruningPlan
+from hap_hf.model.adapters import check_no_adapters
+from hap_hf.names.group import Role
+from hap_hf.names.plan import IMPLANT, PRUNE, PruningPlan
 
 
 def record_plan(model: nn.Module, plan: PruningPlan) -> None:

@@ -9,8 +9,8 @@ from transformers import TimmWrapperConfig, TimmWrapperForImageClassification
 
 from hap_hf.checkpoint.record import record_plan
 from hap_hf.errors import UnsupportedModelError
-from hap_hf.group import Counter, Group
-from hap_hf.plan import GroupPlan, PruningPlan
+from hap_hf.names.group import Counter, Group
+from hap_hf.names.plan import GroupPlan, PruningPlan
 from hap_hf.surgery import apply_plan_
 
 _PREFIX = "timm_model."

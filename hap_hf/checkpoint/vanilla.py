@@ -11,8 +11,8 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from hap_hf.errors import ConfigError
-from hap_hf.group import Kind, Role
-from hap_hf.plan import IMPLANT, PRUNE, PruningPlan
+from hap_hf.names.group import Kind, Role
+from hap_hf.names.plan import IMPLANT, PRUNE, PruningPlan
 
 SETTINGS = {
     Kind.HEADS: (

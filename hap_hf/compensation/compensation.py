@@ -15,15 +15,15 @@ from hap_hf.compensation.fit import Fit, fit_removed
 from hap_hf.compensation.moments import weighted_moments
 from hap_hf.compensation.readers import Reader, readers_of
 from hap_hf.config import HapConfig
-from hap_hf.group import Group, Role
-from hap_hf.losses import LossFunction, model_loss
-from hap_hf.plan import PRUNE, PruningPlan
-from hap_hf.processes import ALONE, Processes
-from hap_hf.scores import ScoringTask, mean_loss
-from hap_hf.scores.memory import in_batches_that_fit
-from hap_hf.surgery.apply import TensorChange
-from hap_hf.surgery.masking import Units, channels, masked
-from hap_hf.surgery.values import replace_values_, replaced_values
+from hap_hf.evidence.losses import LossFunction, model_loss
+from hap_hf.evidence.memory import in_batches_that_fit
+from hap_hf.evidence.processes import ALONE, Processes
+from hap_hf.evidence.task import ScoringTask, mean_loss
+from hap_hf.model.change import TensorChange
+from hap_hf.model.masking import Units, channels, masked
+from hap_hf.model.values import replace_values_, replaced_values
+from hap_hf.names.group import Group, Role
+from hap_hf.names.plan import PRUNE, PruningPlan
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +68,7 @@ class Compensation:
         Args:
             model: The model that the groups were found in; left exactly as found.
             groups: Groups whose units may go.
-            batches: As for :func:`~hap_hf.scores.score_groups`, and so are all others.
+            batches: As for :func:`~hap_hf.criteria.score_groups`, and so are all others.
             config: How derivatives are computed.
             loss_fn: Mean loss of the model on a batch.
             processes: The processes that prune together.

@@ -12,8 +12,8 @@ from hap_hf.curvature import Directions, Forward, Wanted, accumulation_dtype, gg
 from hap_hf.curvature.batch_loss import check_counts
 from hap_hf.curvature.hvp import listed
 from hap_hf.errors import CurvatureError
-from hap_hf.scores import ScoringTask
-from hap_hf.surgery.projection import channel_dim, on_input
+from hap_hf.evidence.task import ScoringTask
+from hap_hf.layers.projection import channel_dim, on_input
 
 
 def weighted_moments(task: ScoringTask, paths: Collection[str]) -> dict[str, Tensor]:

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from hap_hf.group import Group, Role
-from hap_hf.surgery.projection import IMPLANTED, is_projection, spatial_dims
-from hap_hf.surgery.standardised import is_standardised
+from hap_hf.layers.projection import IMPLANTED, is_projection, spatial_dims
+from hap_hf.layers.standardised import is_standardised
+from hap_hf.names.group import Group, Role
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from hap_hf.curvature.marginals import Statistic, squared, times_weights
 from hap_hf.curvature.probes import ProbeSource, rademacher, seeded_generator
 from hap_hf.curvature.remainder import LinearisedLosses, Losses
 from hap_hf.curvature.sample_means import Directions, Forward, ReduceSamples, SampleBatch, SampleEstimate
-from hap_hf.curvature.state import preserved, renew_caches
+from hap_hf.model.state import preserved, renew_caches
 
 __all__ = [
     "CurvatureOf",

@@ -68,7 +68,7 @@ def estimate_ggn(
     al., "BackPACK: Packing more into backprop", ICLR 2020.
 
     Args:
-        model: The model, ready for derivatives: see :func:`~hap_hf.curvature.state.preserved`.
+        model: The model, ready for derivatives: see :func:`~hap_hf.model.state.preserved`.
         batches: The batches. Those without loss terms are skipped.
         wanted: The weights, and what is asked of their gradients.
         reduce: Makes of that a number for each sample and block; squares of it, where it should be a second moment.

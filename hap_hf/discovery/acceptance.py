@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from hap_hf.curvature.state import preserved
 from hap_hf.discovery.counters import HEAD_COUNTS, STRUCTURAL
 from hap_hf.discovery.families import Candidate, home
 from hap_hf.discovery.trial import Trial
-from hap_hf.group import Counter, Group, Kind, Role
+from hap_hf.model.state import preserved
+from hap_hf.names.group import Counter, Group, Kind, Role
 
 logger = logging.getLogger(__name__)
 

@@ -8,12 +8,12 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from hap_hf.discovery.dependence import SHARED, everything_behind, reached
-from hap_hf.discovery.layout import Segment, input_segments, output_segments
 from hap_hf.discovery.partition import Partition
 from hap_hf.discovery.record import Recording
 from hap_hf.discovery.unions import Unions
-from hap_hf.group import Role
-from hap_hf.surgery.projection import IMPLANTED
+from hap_hf.layers.projection import IMPLANTED
+from hap_hf.layers.segments import Segment, input_segments, output_segments
+from hap_hf.names.group import Role
 
 logger = logging.getLogger(__name__)
 

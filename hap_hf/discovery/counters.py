@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from torch import nn
 
 from hap_hf.discovery.partition import Partition
-from hap_hf.group import COUNTER_NAMES, Counter, Kind, Role, Slice
-from hap_hf.surgery.projection import is_grouped, num_groups
+from hap_hf.layers.projection import is_grouped, num_groups
+from hap_hf.names.group import COUNTER_NAMES, Counter, Kind, Role, Slice
 
 STRUCTURAL = frozenset({"groups", "num_groups"})
 """Attributes of torch's own layers, whose meaning is known."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hap_hf.discovery.record import Recording
-from hap_hf.surgery.projection import channel_dim
+from hap_hf.layers.projection import channel_dim
 
 SHARED, UNUSED = -1, -2
 

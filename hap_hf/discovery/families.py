@@ -10,11 +10,10 @@ from torch import nn
 
 from hap_hf.discovery.components import Component, Key, find_components
 from hap_hf.discovery.counters import counters_of, structural_counters
-from hap_hf.discovery.layout import runs
 from hap_hf.discovery.partition import Partition, partition
 from hap_hf.discovery.record import Recording
-from hap_hf.group import Group, Kind, Role, Slice
-from hap_hf.surgery.projection import spatial_dims
+from hap_hf.layers.projection import spatial_dims
+from hap_hf.names.group import Group, Kind, Role, Slice
 
 logger = logging.getLogger(__name__)
 
@@ -226,3 +225,21 @@ def home(names: Sequence[str]) -> str:
             break
         shared.append(parts[0])
     return ".".join(shared)
+
+
+def runs(indices: Sequence[int]) -> list[tuple[int, int]]:
+    """Return ascending ``indices`` as runs of consecutive ones.
+
+    Args:
+        indices: Ascending integers.
+
+    Returns:
+        First index and length of each run.
+    """
+    result: list[tuple[int, int]] = []
+    for i in indices:
+        if result and result[-1][0] + result[-1][1] == i:
+            result[-1] = (result[-1][0], result[-1][1] + 1)
+        else:
+            result.append((i, 1))
+    return result

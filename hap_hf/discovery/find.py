@@ -12,15 +12,15 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from hap_hf.batches import batch_size, call, few_samples, move_to_model
-from hap_hf.curvature.state import preserved
 from hap_hf.discovery.acceptance import accept
-from hap_hf.discovery.adapters import check_no_adapters
 from hap_hf.discovery.families import find_candidates
 from hap_hf.discovery.record import record
 from hap_hf.errors import BatchError, UnsupportedModelError
-from hap_hf.group import Group
-from hap_hf.surgery.projection import is_grouped, is_projection
+from hap_hf.evidence.batches import batch_size, call, few_samples, move_to_model
+from hap_hf.layers.projection import is_grouped, is_projection
+from hap_hf.model.bare import check_bare
+from hap_hf.model.state import preserved
+from hap_hf.names.group import Group
 
 logger = logging.getLogger(__name__)
 
@@ -88,44 +88,6 @@ def _with_unique_names(groups: Sequence[Group]) -> Iterator[Group]:
     for group in groups:
         seen[group.name] += 1
         yield replace(group, name=f"{group.name}#{seen[group.name]}") if seen[group.name] > 1 else group
-
-
-def check_bare(model: nn.Module) -> None:
-    """Check that ``model`` is the bare float model, not something around it.
-
-    Args:
-        model: The model.
-
-    Raises:
-        UnsupportedModelError: If it is wrapped, compiled, quantized, with adapters or without storage.
-    """
-    wrappers = ("DataParallel", "DistributedDataParallel", "FullyShardedDataParallel", "DeepSpeedEngine")
-    name = type(model).__name__
-    if name in wrappers:
-        raise UnsupportedModelError(
-            f"got a model wrapped in {name}; prune the model inside it (model.module) before wrapping"
-        )
-    if isinstance(model, torch._dynamo.eval_frame.OptimizedModule):
-        raise UnsupportedModelError("got a compiled model; prune the original, then call torch.compile on the result")
-    if getattr(model, "hf_quantizer", None) is not None or getattr(model, "is_quantized", False):
-        raise UnsupportedModelError(f"got a quantized {name}; prune in floating point first, then quantize the result")
-    check_no_adapters(model)
-    tensors = dict(model.named_parameters())
-    if not tensors:
-        raise UnsupportedModelError(f"{name} has no parameters")
-    for path, tensor in tensors.items():
-        if not tensor.is_floating_point():
-            raise UnsupportedModelError(f"{path} holds {tensor.dtype}: prune in floating point first, then quantize")
-        if hasattr(tensor, "device_mesh"):
-            raise UnsupportedModelError(
-                f"{path} is a {type(tensor).__name__}, of which each process holds a part; prune the whole model, "
-                "then load the result in parts"
-            )
-        if tensor.is_meta:
-            raise UnsupportedModelError(
-                f"{path} is on the meta device and has no values; load the weights first, with a device_map that "
-                "offloads none of them to the CPU or to disk"
-            )
 
 
 def _macs_outside_projections(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, float]:

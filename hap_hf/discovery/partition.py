@@ -9,7 +9,7 @@ from torch import Tensor
 from hap_hf.discovery.dependence import SHARED, Dependence
 from hap_hf.discovery.record import Recording
 from hap_hf.discovery.unions import Unions
-from hap_hf.surgery.projection import channel_dim
+from hap_hf.layers.projection import channel_dim
 
 
 @dataclass(frozen=True, eq=False)

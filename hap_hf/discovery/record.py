@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from hap_hf.batches import batch_size, call
-from hap_hf.curvature.state import preserved
-from hap_hf.surgery.projection import channel_dim, is_grouped, is_projection
+from hap_hf.evidence.batches import batch_size, call
+from hap_hf.layers.projection import channel_dim, is_grouped, is_projection
+from hap_hf.model.state import preserved
 
 logger = logging.getLogger(__name__)
 

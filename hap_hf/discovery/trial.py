@@ -16,17 +16,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hap_hf.batches import call
 from hap_hf.config import ImplantInit
-from hap_hf.curvature.state import renew_caches
 from hap_hf.discovery.families import Candidate
 from hap_hf.discovery.record import output_tensors
 from hap_hf.errors import PlanMismatchError, UnsupportedModelError
-from hap_hf.group import Group, Role
-from hap_hf.plan import KEEP, PRUNE, GroupPlan, PruningPlan
+from hap_hf.evidence.batches import call
+from hap_hf.layers.projection import channel_dim
+from hap_hf.model.masking import channels, masked
+from hap_hf.model.state import renew_caches
+from hap_hf.names.group import Group, Role
+from hap_hf.names.plan import KEEP, PRUNE, GroupPlan, PruningPlan
 from hap_hf.surgery.apply import apply_plan_undoable_, undo_
-from hap_hf.surgery.masking import channels, masked
-from hap_hf.surgery.projection import channel_dim
 
 logger = logging.getLogger(__name__)
 

@@ -8,13 +8,13 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from hap_hf.footprint import footprint, whole_footprint
-from hap_hf.group import Kind
-from hap_hf.plan import IMPLANT, KEEP, PRUNE, GroupPlan, PruningPlan
+from hap_hf.criteria import Scores
+from hap_hf.criteria.stopping import near_threshold
+from hap_hf.names.footprint import footprint, whole_footprint
+from hap_hf.names.group import Kind
+from hap_hf.names.plan import IMPLANT, KEEP, PRUNE, GroupPlan, PruningPlan
 from hap_hf.report.size import ModelSize, measure_size
 from hap_hf.report.tables import markdown, plain_text
-from hap_hf.scores import Scores
-from hap_hf.scores.stopping import near_threshold
 
 __all__ = ["GroupReport", "ModelSize", "PruningReport", "make_report", "measure_size"]
 

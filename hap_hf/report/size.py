@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from hap_hf.batches import batch_size, call, move_to_model
-from hap_hf.curvature import preserved
 from hap_hf.errors import BatchError
+from hap_hf.evidence.batches import batch_size, call, move_to_model
+from hap_hf.model.state import preserved
 
 
 @dataclass(frozen=True)

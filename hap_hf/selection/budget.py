@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from hap_hf.errors import ConfigError
-from hap_hf.footprint import Footprint, core_macs, cuts_by_tensor, footprint, tensor_footprint
-from hap_hf.group import Slice
-from hap_hf.plan import IMPLANT, KEEP, PRUNE, GroupPlan
+from hap_hf.names.footprint import Footprint, core_macs, cuts_by_tensor, footprint, tensor_footprint
+from hap_hf.names.group import Slice
+from hap_hf.names.plan import IMPLANT, KEEP, PRUNE, GroupPlan
 from hap_hf.selection.ranking import Ranking, Split, implants
 
 logger = logging.getLogger(__name__)

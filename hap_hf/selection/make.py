@@ -3,11 +3,12 @@
 import logging
 from collections.abc import Sequence
 
-from hap_hf.config import HapConfig, floor_share
+from hap_hf.config import HapConfig
+from hap_hf.criteria import Scores
 from hap_hf.errors import ConfigError
-from hap_hf.group import Group
-from hap_hf.plan import KEEP, GroupPlan, PruningPlan
-from hap_hf.scores import Scores
+from hap_hf.names.amount import floor_share
+from hap_hf.names.group import Group
+from hap_hf.names.plan import KEEP, GroupPlan, PruningPlan
 from hap_hf.selection.budget import Budget, meet_budget
 from hap_hf.selection.ranking import Ranking, Split, implants
 from hap_hf.version import __version__

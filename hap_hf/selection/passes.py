@@ -12,14 +12,14 @@ from torch import nn
 
 from hap_hf.compensation import Compensation
 from hap_hf.config import HapConfig
+from hap_hf.criteria import Scores, score_groups
 from hap_hf.errors import ConfigError
-from hap_hf.group import Group
-from hap_hf.losses import LossFunction
-from hap_hf.plan import PRUNE, PruningPlan
-from hap_hf.processes import ALONE, Processes
-from hap_hf.scores import Scores, score_groups
+from hap_hf.evidence.losses import LossFunction
+from hap_hf.evidence.processes import ALONE, Processes
+from hap_hf.model.masking import masked
+from hap_hf.names.group import Group
+from hap_hf.names.plan import PRUNE, PruningPlan
 from hap_hf.selection.make import make_plan, select_groups
-from hap_hf.surgery.masking import masked
 
 logger = logging.getLogger(__name__)
 
@@ -48,17 +48,17 @@ def score_in_passes(
     Args:
         model: The model that the groups were found in.
         groups: Its groups; those that ``config`` selects are scored.
-        batches: As for :func:`~hap_hf.scores.score_groups`.
+        batches: As for :func:`~hap_hf.criteria.score_groups`.
         config: How much goes, in how many passes, and how to score.
-        loss_fn: As for :func:`~hap_hf.scores.score_groups`.
+        loss_fn: As for :func:`~hap_hf.criteria.score_groups`.
         compensation: What is known of the model's layers; measured on the same batches where it is needed and missing.
-        processes: As for :func:`~hap_hf.scores.score_groups`.
+        processes: As for :func:`~hap_hf.criteria.score_groups`.
 
     Returns:
         The scores, each unit's from the pass in which it went, or from the last one. Times are added up.
 
     Raises:
-        BatchError: As :func:`~hap_hf.scores.score_groups`, and so are all others.
+        BatchError: As :func:`~hap_hf.criteria.score_groups`, and so are all others.
         CurvatureError: If a derivative is not finite.
         UnsupportedModelError: If the groups do not fit the model.
     """

@@ -12,11 +12,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hap_hf.config import HapConfig, floor_share
+from hap_hf.config import HapConfig
+from hap_hf.criteria import Scores
 from hap_hf.errors import ConfigError, CurvatureError
-from hap_hf.group import Group, ImplantShape, Kind
-from hap_hf.plan import IMPLANT, KEEP, PRUNE, GroupPlan
-from hap_hf.scores import Scores
+from hap_hf.names.amount import floor_share
+from hap_hf.names.group import Group, ImplantShape, Kind
+from hap_hf.names.plan import IMPLANT, KEEP, PRUNE, GroupPlan
 
 
 class Split(NamedTuple):

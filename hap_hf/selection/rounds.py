@@ -5,8 +5,8 @@ from dataclasses import dataclass, replace
 
 from hap_hf.config import HapConfig
 from hap_hf.errors import ConfigError
-from hap_hf.footprint import whole_footprint
-from hap_hf.group import Group
+from hap_hf.names.footprint import whole_footprint
+from hap_hf.names.group import Group
 
 
 @dataclass(frozen=True)

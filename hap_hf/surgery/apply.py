@@ -3,54 +3,28 @@
 import copy
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from hap_hf.config import ImplantInit
-from hap_hf.curvature.state import renew_caches
 from hap_hf.errors import PlanMismatchError
-from hap_hf.group import Slice
-from hap_hf.plan import KEEP, PRUNE, GroupPlan, PruningPlan
+from hap_hf.layers.implant_conv import ImplantConv2d
+from hap_hf.layers.implant_linear import ImplantLinear
+from hap_hf.layers.projection import IMPLANTED, implant_tensors, input_dim, is_projection, output_dim, spatial_dims
+from hap_hf.layers.standardised import is_standardised, plain_convolution
+from hap_hf.model.change import TensorChange, memory_format_of
+from hap_hf.model.placement import take_over_placement_
+from hap_hf.model.state import renew_caches
+from hap_hf.names.group import Slice
+from hap_hf.names.plan import KEEP, PRUNE, GroupPlan, PruningPlan
 from hap_hf.surgery.calibration import initial_weights
 from hap_hf.surgery.check import stage_problems
-from hap_hf.surgery.implant import ImplantLinear
-from hap_hf.surgery.implant_conv import ImplantConv2d
 from hap_hf.surgery.order import Order
-from hap_hf.surgery.placement import take_over_placement_
-from hap_hf.surgery.projection import (
-    IMPLANTED,
-    implant_tensors,
-    input_dim,
-    is_projection,
-    output_dim,
-    spatial_dims,
-)
 from hap_hf.surgery.sizes import segments_left, sync_sizes
-from hap_hf.surgery.standardised import is_standardised, plain_convolution
 
 Stage = Sequence[GroupPlan]
-
-
-@dataclass(frozen=True, eq=False)
-class TensorChange:
-    """One tensor that surgery replaced or added.
-
-    Args:
-        name: Dotted name of the new tensor.
-        old: The tensor that was there, or None for an implant's new weight.
-        new: The tensor that is there now.
-        index: For each changed dimension, the old indices in their new order.
-        beside: For a new tensor, the tensor of the same layer that it follows.
-    """
-
-    name: str
-    old: Tensor | None
-    new: Tensor
-    index: Mapping[int, Tensor] = field(default_factory=dict)
-    beside: Tensor | None = None
 
 
 def check_plan(model: nn.Module, plan: PruningPlan) -> None:
@@ -218,20 +192,6 @@ def _select(tensor: Tensor, index: Mapping[int, Tensor]) -> Tensor:
     for dim, i in index.items():
         value = value.index_select(dim, i.to(value.device))
     return value.clone(memory_format=memory_format_of(tensor))
-
-
-def memory_format_of(tensor: Tensor) -> torch.memory_format:
-    """Return the memory format in which copies of ``tensor`` shall lie.
-
-    Args:
-        tensor: A weight.
-
-    Returns:
-        ``torch.channels_last`` for kernels of a model that was moved to it, else ``torch.contiguous_format``.
-    """
-    if tensor.dim() == 4 and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last):
-        return torch.channels_last
-    return torch.contiguous_format
 
 
 def _resize(module: nn.Module, name: str, parts: Mapping[int, Order], init: ImplantInit) -> TensorChange:

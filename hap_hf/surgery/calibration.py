@@ -6,12 +6,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from hap_hf.batches import call, move_to_model
-from hap_hf.curvature.state import preserved
-from hap_hf.processes import ALONE, Processes
-from hap_hf.surgery.implant import ImplantLinear, factor_rows
-from hap_hf.surgery.implant_conv import ImplantConv2d, patch_moment, pointwise_rows
-from hap_hf.surgery.projection import on_input, spatial_dims
+from hap_hf.evidence.batches import call, move_to_model
+from hap_hf.evidence.processes import ALONE, Processes
+from hap_hf.layers.implant_conv import ImplantConv2d, patch_moment, pointwise_rows
+from hap_hf.layers.implant_linear import ImplantLinear, factor_rows
+from hap_hf.layers.projection import on_input, spatial_dims
+from hap_hf.model.state import preserved
 
 
 def collect_input_moments(

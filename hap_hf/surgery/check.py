@@ -6,17 +6,10 @@ from itertools import pairwise
 
 from torch import Tensor, nn
 
-from hap_hf.group import COUNTER_NAMES, Role
-from hap_hf.plan import IMPLANT, KEEP, PRUNE, GroupPlan
-from hap_hf.surgery.implant_conv import takes_implant
-from hap_hf.surgery.projection import (
-    IMPLANTED,
-    implant_tensors,
-    input_dim,
-    is_grouped,
-    is_projection,
-    output_dim,
-)
+from hap_hf.layers.implant_conv import takes_implant
+from hap_hf.layers.projection import IMPLANTED, implant_tensors, input_dim, is_grouped, is_projection, output_dim
+from hap_hf.names.group import COUNTER_NAMES, Role
+from hap_hf.names.plan import IMPLANT, KEEP, PRUNE, GroupPlan
 
 _IMPLANT_WEIGHTS = {"implant_down", "implant_up", "implant_pointwise"}
 _PER_CHANNEL = (nn.modules.batchnorm._NormBase, nn.GroupNorm)

@@ -8,7 +8,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from hap_hf.errors import ConfigError
-from hap_hf.surgery.projection import IMPLANTED, implant_tensors
+from hap_hf.layers.projection import IMPLANTED, implant_tensors
 
 
 def train_only_implants_(

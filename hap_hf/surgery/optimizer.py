@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from hap_hf.errors import UnsupportedModelError
-from hap_hf.surgery.apply import TensorChange
+from hap_hf.model.change import TensorChange
 
 State = dict[str, Any]
 """What an optimizer remembers of one parameter, by name."""

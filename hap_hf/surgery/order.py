@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 import torch
 
-from hap_hf.group import Role, Slice
-from hap_hf.plan import IMPLANT, KEEP, GroupPlan
+from hap_hf.names.group import Role, Slice
+from hap_hf.names.plan import IMPLANT, KEEP, GroupPlan
 
 
 class Order:

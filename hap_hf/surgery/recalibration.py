@@ -7,11 +7,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from hap_hf.batches import call, move_to_model
-from hap_hf.curvature.state import preserved
 from hap_hf.errors import BatchError
-from hap_hf.processes import ALONE, Processes
-from hap_hf.surgery.projection import on_input
+from hap_hf.evidence.batches import call, move_to_model
+from hap_hf.evidence.processes import ALONE, Processes
+from hap_hf.layers.projection import on_input
+from hap_hf.model.state import preserved
 
 
 def recalibrate_batch_norms_(

@@ -7,19 +7,12 @@ from typing import cast
 import torch
 from torch import nn
 
-from hap_hf.group import Slice
-from hap_hf.plan import GroupPlan
-from hap_hf.surgery.implant import ImplantLinear
-from hap_hf.surgery.implant_conv import ImplantConv2d
+from hap_hf.layers.implant_conv import ImplantConv2d
+from hap_hf.layers.implant_linear import ImplantLinear
+from hap_hf.layers.projection import implant_tensors, input_dim, is_projection, num_groups, output_dim, spatial_dims
+from hap_hf.names.group import Slice
+from hap_hf.names.plan import GroupPlan
 from hap_hf.surgery.order import Order
-from hap_hf.surgery.projection import (
-    implant_tensors,
-    input_dim,
-    is_projection,
-    num_groups,
-    output_dim,
-    spatial_dims,
-)
 
 Cuts = Mapping[str, Mapping[int, Sequence[tuple[Slice, GroupPlan]]]]
 

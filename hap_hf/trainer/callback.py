@@ -12,7 +12,7 @@ from transformers.trainer_callback import ExportableState
 
 from hap_hf.config import HapConfig
 from hap_hf.errors import ConfigError
-from hap_hf.losses import LossFunction
+from hap_hf.evidence.losses import LossFunction
 from hap_hf.pipeline import Round, prune_round
 from hap_hf.report import PruningReport
 from hap_hf.selection.rounds import Amounts

@@ -10,7 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainingArguments
 
 from hap_hf.errors import UnsupportedModelError
-from hap_hf.processes import Processes
+from hap_hf.evidence.processes import Processes
 
 _SHARDED = {"FSDP": "FSDP", "DEEPSPEED": "DeepSpeed", "MEGATRON_LM": "Megatron-LM", "XLA": "XLA"}
 """Kinds of distributed training, by accelerate's name, in which a process does not hold a whole torch model."""

@@ -8,8 +8,8 @@ from torch import nn
 from transformers import Trainer
 
 from hap_hf.config import HapConfig, ImplantInit
-from hap_hf.discovery.find import check_bare
 from hap_hf.errors import ConfigError
+from hap_hf.model.bare import check_bare
 from hap_hf.surgery import checked_patterns, train_only_implants_
 from hap_hf.trainer.distributed import rewrap_
 from hap_hf.trainer.optimizers import bare_optimizer

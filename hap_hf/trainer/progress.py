@@ -10,8 +10,8 @@ from transformers import Trainer, TrainerCallback, TrainerState
 from hap_hf.checkpoint import plan_of
 from hap_hf.checkpoint.record import check_described
 from hap_hf.errors import PlanMismatchError
-from hap_hf.group import Kind
-from hap_hf.plan import PruningPlan
+from hap_hf.names.group import Kind
+from hap_hf.names.plan import PruningPlan
 from hap_hf.report.report import GroupReport, ModelSize, PruningReport
 from hap_hf.selection.rounds import Amounts
 

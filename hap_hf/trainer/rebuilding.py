@@ -17,8 +17,9 @@ from hap_hf.checkpoint import plan_of, record_plan
 from hap_hf.checkpoint.loading import QUANT_METHOD, HapPlanConfig
 from hap_hf.config import ImplantInit
 from hap_hf.errors import ConfigError
-from hap_hf.plan import PruningPlan
-from hap_hf.surgery import apply_plan_, carry_optimizer_state_, undone_on_error
+from hap_hf.model.rollback import undone_on_error
+from hap_hf.names.plan import PruningPlan
+from hap_hf.surgery import apply_plan_, carry_optimizer_state_
 from hap_hf.trainer.progress import is_described, progress_from_dict, saved_entries, stages_of
 
 logger = logging.getLogger(__name__)

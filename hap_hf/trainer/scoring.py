@@ -16,8 +16,8 @@ from transformers import Trainer
 
 from hap_hf.config import HapConfig
 from hap_hf.errors import BatchError, ConfigError
-from hap_hf.losses import LossFunction
-from hap_hf.processes import ALONE, Processes
+from hap_hf.evidence.losses import LossFunction
+from hap_hf.evidence.processes import ALONE, Processes
 
 
 @contextmanager

@@ -1,0 +1,1 @@
+"""What is measured on: batches, losses, processes."""

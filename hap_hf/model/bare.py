@@ -1,0 +1,45 @@
+"""Whether a model is the bare float model that discovery and surgery work on."""
+
+import torch
+from torch import nn
+
+from hap_hf.errors import UnsupportedModelError
+from hap_hf.model.adapters import check_no_adapters
+
+
+def check_bare(model: nn.Module) -> None:
+    """Check that ``model`` is the bare float model, not something around it.
+
+    Args:
+        model: The model.
+
+    Raises:
+        UnsupportedModelError: If it is wrapped, compiled, quantized, with adapters or without storage.
+    """
+    wrappers = ("DataParallel", "DistributedDataParallel", "FullyShardedDataParallel", "DeepSpeedEngine")
+    name = type(model).__name__
+    if name in wrappers:
+        raise UnsupportedModelError(
+            f"got a model wrapped in {name}; prune the model inside it (model.module) before wrapping"
+        )
+    if isinstance(model, torch._dynamo.eval_frame.OptimizedModule):
+        raise UnsupportedModelError("got a compiled model; prune the original, then call torch.compile on the result")
+    if getattr(model, "hf_quantizer", None) is not None or getattr(model, "is_quantized", False):
+        raise UnsupportedModelError(f"got a quantized {name}; prune in floating point first, then quantize the result")
+    check_no_adapters(model)
+    tensors = dict(model.named_parameters())
+    if not tensors:
+        raise UnsupportedModelError(f"{name} has no parameters")
+    for path, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            raise UnsupportedModelError(f"{path} holds {tensor.dtype}: prune in floating point first, then quantize")
+        if hasattr(tensor, "device_mesh"):
+            raise UnsupportedModelError(
+                f"{path} is a {type(tensor).__name__}, of which each process holds a part; prune the whole model, "
+                "then load the result in parts"
+            )
+        if tensor.is_meta:
+            raise UnsupportedModelError(
+                f"{path} is on the meta device and has no values; load the weights first, with a device_map that "
+                "offloads none of them to the CPU or to disk"
+            )

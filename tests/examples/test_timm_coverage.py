@@ -1,0 +1,21 @@
+"""The coverage table, on one small model."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("timm")
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "benchmarks"))
+
+
+def test_a_model_is_pruned_compared_and_reloaded_in_a_process_of_its_own(tmp_path):
+    import timm_coverage
+
+    log = tmp_path / "log.jsonl"
+    text = timm_coverage.main(["--models", "cifar_resnet20", "--log", str(log)])
+    (row,) = [line for line in text.splitlines() if "cifar_resnet20" in line and line.startswith("|")]
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    assert sum(cell.startswith("yes") for cell in cells) == 2  # equal to the masked model, and reloaded
+    assert "14" in cells  # groups
+    assert len(log.read_text().splitlines()) == 1
