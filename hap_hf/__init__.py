@@ -1,26 +1,47 @@
 """Hessian-aware structured pruning with neural implants for Hugging Face transformers.
 
-A model and some batches become groups of units; groups and curvature become scores; scores and a budget become a plan;
-the plan, alone, makes the model smaller, now or later inside ``from_pretrained``:
+One call prunes a trained model in place, and a callback does it inside the ``Trainer``:
 
-    groups = find_groups(model, batch)              # attention heads, FFN neurons, convolution channels
-    compensation = Compensation.measure(model, groups, batches, config)
-    scores = score_in_passes(model, groups, batches, config, compensation=compensation)
-    plan = make_plan(groups, scores, config)
-    compensation.apply_best_(plan, batches, config)  # what stays makes up for what goes
-    apply_plan_(model, plan)
+    report = prune(model, batches, HapConfig(target_params=0.5))
+    trainer = Trainer(..., callbacks=[HessianPruner(HapConfig(target_params=0.5))])
 
-``prune`` does all of it, and ``HessianPruner`` does it inside the ``Trainer``. Importing this package is what lets
-``AutoModel….from_pretrained`` load pruned checkpoints.
+``prune`` is two halves. The first looks and changes nothing; what it returns can be printed, saved, kept for another
+amount or thrown away. The second cuts:
+
+    config = HapConfig(target_params=0.5)
+    decision = decide(config.evidence(model, batches), config)
+    report = carry_out_(model, decision)
+
+Importing this package is what lets ``AutoModel….from_pretrained`` load pruned checkpoints.
 """
 
 import importlib.util
 
 from hap_hf.checkpoint import load_pruned_heads, plan_of, record_plan, save_pruned, wrap_timm
 from hap_hf.compensation import Compensation
-from hap_hf.config import Coupling, HapConfig, ImplantInit, Method, Precision
-from hap_hf.criteria import Scores, score_groups
-from hap_hf.discovery import find_groups
+from hap_hf.config import HapConfig
+from hap_hf.criteria import (
+    GGN,
+    Coupling,
+    Criterion,
+    EmpiricalFisher,
+    GGNQuadratic,
+    Hessian,
+    HessianSplit,
+    Hvp,
+    Magnitude,
+    MaskFisher,
+    MaskGGN,
+    Michel,
+    Random,
+    Scores,
+    ScoringTask,
+    Taylor,
+    known_criteria,
+    register_criterion,
+)
+from hap_hf.decision import Decision
+from hap_hf.discovery import Discovery, LeftWhole, discover, find_groups
 from hap_hf.errors import (
     BatchError,
     ConfigError,
@@ -29,20 +50,27 @@ from hap_hf.errors import (
     HapError,
     PlanFormatError,
     PlanMismatchError,
+    StaleOptimizerError,
     UnsupportedModelError,
 )
+from hap_hf.evidence.evidence import Evidence
+from hap_hf.evidence.precision import Precision
 from hap_hf.layers.implant_conv import ImplantConv2d
 from hap_hf.layers.implant_linear import ImplantLinear
+from hap_hf.layers.kind import LayerKind, register_layer
 from hap_hf.model.change import TensorChange
+from hap_hf.names.amount import Amount
+from hap_hf.names.counters import register_counter
+from hap_hf.names.currencies import Currency, Macs, Params, Units, register_currency
 from hap_hf.names.group import Counter, Group, Kind, Role, Slice
 from hap_hf.names.plan import GroupPlan, PruningPlan
-from hap_hf.pipeline import prune
+from hap_hf.pipeline import carry_out_, decide, decide_again, prune
 from hap_hf.report import ModelSize, PruningReport, measure_size
-from hap_hf.selection import make_plan, score_in_passes
+from hap_hf.selection import make_plan, score_groups
 from hap_hf.surgery import (
+    ImplantInit,
     apply_plan_,
     carry_optimizer_state_,
-    check_plan,
     recalibrate_batch_norms_,
     train_only_implants_,
 )
@@ -55,34 +83,68 @@ __all__ = [  # noqa: RUF022 (by stage, not by letter)
     "HapConfig",
     "HessianPruner",
     "prune",
+    # its two halves
+    "Evidence",
+    "decide",
+    "decide_again",
+    "Decision",
+    "carry_out_",
+    # how much
+    "Amount",
+    "Currency",
+    "Units",
+    "Params",
+    "Macs",
+    "register_currency",
+    # how it is scored
+    "Criterion",
+    "MaskGGN",
+    "MaskFisher",
+    "Michel",
+    "GGN",
+    "GGNQuadratic",
+    "Hessian",
+    "HessianSplit",
+    "EmpiricalFisher",
+    "Taylor",
+    "Magnitude",
+    "Random",
+    "known_criteria",
+    "register_criterion",
+    "Scores",
+    "ScoringTask",
     # choices
     "Coupling",
+    "Hvp",
     "ImplantInit",
     "Kind",
-    "Method",
     "Precision",
-    # stages
+    # layers
+    "ImplantConv2d",
+    "ImplantLinear",
+    "LayerKind",
+    "register_layer",
+    "register_counter",
+    # single steps
+    "discover",
     "find_groups",
+    "Discovery",
+    "LeftWhole",
     "score_groups",
-    "score_in_passes",
-    "make_plan",
-    "check_plan",
-    "apply_plan_",
     "Compensation",
-    "recalibrate_batch_norms_",
+    "make_plan",
+    "apply_plan_",
     "carry_optimizer_state_",
+    "recalibrate_batch_norms_",
     "train_only_implants_",
     # what they pass on
     "Counter",
     "Group",
     "GroupPlan",
-    "ImplantConv2d",
-    "ImplantLinear",
     "ModelSize",
     "PruningPlan",
     "PruningReport",
     "Role",
-    "Scores",
     "Slice",
     "TensorChange",
     "measure_size",
@@ -100,6 +162,7 @@ __all__ = [  # noqa: RUF022 (by stage, not by letter)
     "HapError",
     "PlanFormatError",
     "PlanMismatchError",
+    "StaleOptimizerError",
     "UnsupportedModelError",
 ]
 

@@ -29,5 +29,9 @@ class CurvatureError(HapError, RuntimeError):
     """A loss or a second derivative is not finite, or does not depend on the weights."""
 
 
+class StaleOptimizerError(HapError, RuntimeError):
+    """An optimizer still holds parameters that pruning replaced, and would leave the new ones untrained."""
+
+
 class DistributedError(HapError, RuntimeError):
     """Processes that prune one model together disagree, or another of them failed."""

@@ -1,10 +1,8 @@
-"""The stages in order: find, measure, score, plan, compensate, apply, recalibrate, report, record."""
+"""The two halves of pruning: decide looks and changes nothing, carry_out_ cuts. prune is the two in a row."""
 
 import logging
-import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from itertools import islice
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -12,19 +10,31 @@ from torch.optim import Optimizer
 
 from hap_hf.checkpoint import check_recordable, record_plan
 from hap_hf.compensation import Compensation
-from hap_hf.config import HapConfig, ImplantInit
-from hap_hf.discovery import find_groups
-from hap_hf.errors import BatchError
-from hap_hf.evidence.batches import as_mapping
+from hap_hf.config import HapConfig
+from hap_hf.decision import Decision, stamps_of
+from hap_hf.discovery import Discovery, discover
+from hap_hf.errors import BatchError, ConfigError
+from hap_hf.evidence.batches import Batch
+from hap_hf.evidence.evidence import Evidence
 from hap_hf.evidence.losses import LossFunction
-from hap_hf.evidence.processes import ALONE, Processes
+from hap_hf.evidence.processes import Processes
+from hap_hf.model.bare import check_bare
 from hap_hf.model.change import TensorChange
 from hap_hf.model.rollback import undone_on_error
-from hap_hf.names.plan import IMPLANT
-from hap_hf.report import PruningReport, make_report, measure_size
-from hap_hf.selection import make_plan, score_in_passes, select_groups
-from hap_hf.selection.rounds import Amounts, config_of_round
-from hap_hf.surgery import apply_plan_, carry_optimizer_state_, collect_input_moments, recalibrate_batch_norms_
+from hap_hf.model.stale import note_replaced
+from hap_hf.model.values import replace_values_
+from hap_hf.names.outcome import whole
+from hap_hf.names.plan import GroupPlan
+from hap_hf.report import Clock, PruningReport, measure_size
+from hap_hf.selection import Round, config_of_round, score_in_passes, select_groups
+from hap_hf.selection.make import Choice, choose
+from hap_hf.surgery import (
+    ImplantInit,
+    apply_plan_,
+    carry_optimizer_state_,
+    collect_input_moments,
+    recalibrate_batch_norms_,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -32,38 +42,10 @@ _NOT_IN_STEP = "load the same checkpoint in every process, and let nothing but t
 _NOT_ALIKE = "start every process with the same script, settings and data, on machines of the same kind"
 
 
-@dataclass(frozen=True)
-class Round:
-    """One of several rounds.
-
-    Args:
-        number: Number of the round, from 1.
-        total: Number of rounds.
-        start: What could be pruned before the first round; None in the first.
-    """
-
-    number: int = 1
-    total: int = 1
-    start: Amounts | None = None
-
-
-@dataclass(frozen=True)
-class RoundResult:
-    """What one round did.
-
-    Args:
-        report: What it cost and saved.
-        start: What could be pruned before the first round.
-    """
-
-    report: PruningReport
-    start: Amounts
-
-
 def prune(
     model: nn.Module,
-    batches: Iterable[Mapping[str, Any]],
-    config: HapConfig,
+    batches: Iterable[Any],
+    config: HapConfig | Mapping[str, Any],
     *,
     loss_fn: LossFunction | None = None,
     optimizer: Optimizer | None = None,
@@ -77,10 +59,12 @@ def prune(
         model: A trained model, neither wrapped, compiled nor quantized.
         batches: Keyword arguments of the model's forward with labels, as a Hugging Face collator gives them, or pairs
             of inputs and labels; the first ``config.max_batches`` are used.
-        config: How much to prune and how.
+        config: How much to prune and how; a mapping is read by ``HapConfig.from_dict``.
         loss_fn: Loss of a model on a batch, a scalar; by default ``model(**batch).loss``, or the cross-entropy of what
             returns logits alone.
-        optimizer: An optimizer of the model that shall go on; its state follows the parameters.
+        optimizer: An optimizer of the model that shall go on; its state follows the parameters. One that is made
+            before and not passed here would train parameters that are no longer in the model, and raises at its next
+            step.
 
     Returns:
         What was removed, what it cost and what it saved.
@@ -91,131 +75,204 @@ def prune(
         CurvatureError: If a loss or a derivative is not finite, or does not depend on the weights.
         UnsupportedModelError: If the model cannot be analysed, or nothing in it can be removed.
     """
-    return prune_round(model, batches, config, Round(), loss_fn=loss_fn, optimizer=optimizer).report
+    config = config if isinstance(config, HapConfig) else HapConfig.from_dict(config)
+    return prune_round(config.evidence(model, batches, loss_fn=loss_fn), config, Round(), optimizer)[0]
 
 
 def prune_round(
-    model: nn.Module,
-    batches: Iterable[Mapping[str, Any]],
-    config: HapConfig,
-    place: Round,
-    *,
-    loss_fn: LossFunction | None = None,
-    optimizer: Optimizer | None = None,
-    processes: Processes = ALONE,
-) -> RoundResult:
+    evidence: Evidence, config: HapConfig, place: Round, optimizer: Optimizer | None = None
+) -> tuple[PruningReport, Round]:
     """Do one round of several; see :func:`prune`.
 
-    Several processes with a copy of the model each prune it together: each is given its own share of the batches, and
-    all end with the same plan and the same weights, which is checked.
+    Several processes with a copy of the model each prune it together: each has its own share of the batches, and all
+    end with the same plan and the same weights, which is checked.
 
     Args:
-        model: The model.
-        batches: Batches with labels.
+        evidence: The model, and what to score on.
         config: The settings for all rounds together.
         place: Which round this is.
-        loss_fn: Loss of a model on a batch.
         optimizer: An optimizer of the model that shall go on.
-        processes: The processes that prune together; ``batches`` are the share of this one.
 
     Returns:
-        The report, and what the next round needs to know.
+        The report, and the round with what could be pruned before the first one.
     """
-    with undone_on_error(model, optimizer), processes.agreeing("pruning"):
-        return _whole_round(model, batches, config, place, loss_fn, optimizer, processes)
+    # Inside out: all processes raise if one of them fails, and then each puts back its own model.
+    with undone_on_error(evidence.model, optimizer), evidence.processes.agreeing("pruning"):
+        decision = decide(evidence, config, place)
+        return _carried_out(evidence.model, decision, optimizer), decision.place
 
 
-def _whole_round(
-    model: nn.Module,
-    batches: Iterable[Mapping[str, Any]],
-    config: HapConfig,
-    place: Round,
-    loss_fn: LossFunction | None,
-    optimizer: Optimizer | None,
-    processes: Processes,
-) -> RoundResult:
+def decide(evidence: Evidence, config: HapConfig, place: Round | None = None) -> Decision:
+    """Decide what shall be done to a model, which is left as found.
+
+    Args:
+        evidence: The model, and what to score on; ``config.evidence(model, batches)`` makes it.
+        config: How much to prune and how.
+        place: Which of several rounds it is.
+
+    Returns:
+        The decision, for :func:`carry_out_`, for a look, or for another amount by :func:`decide_again`.
+
+    Raises:
+        BatchError: If there are no batches, or they hold no labels.
+        ConfigError: If the settings ask for something impossible, or the evidence was made with others.
+        CurvatureError: If a loss or a derivative is not finite, or does not depend on the weights.
+        UnsupportedModelError: If the model cannot be analysed, or nothing in it can be removed.
+    """
+    evidence.check_made_with(config.precision, config.seed)
+    model, processes, place, clock = evidence.model, evidence.processes, place or Round(), Clock()
+    check_bare(model)
     check_recordable(model)
-    used = [as_mapping(model, batch) for batch in islice(batches, config.max_batches)]
     processes.check_same_tensors("weights before pruning", dict(model.named_parameters()), _NOT_IN_STEP)
-    example = processes.first("example", used[0] if used else None)
-    if example is None:
-        raise BatchError("expected at least one batch to score on, got none; pass batches with labels")
-    clock = Clock()
-    groups = find_groups(model, example)
-    processes.check_same("groups", {g.name: g for g in groups}, _NOT_ALIKE)
-    start = place.start or Amounts.of(select_groups(groups, config))
-    now = config_of_round(config, place.number, place.total, start, Amounts.of(select_groups(groups, config)))
-    before = measure_size(model, example)
+    found = discover(model, evidence.example)
+    processes.check_same("groups", {g.name: g for g in found.groups}, _NOT_ALIKE)
+    _warn_of_missing_kinds(found, config)
+    chosen = select_groups(found.groups, config)
+    # What a round asks for is relative to what there is at its beginning, as rounds before did not meet theirs exactly.
+    now = config.asked.what.cost(whole(chosen))
+    place = replace(place, start=now if place.start is None else place.start)
+    config = config_of_round(config, place, now)
+    before = measure_size(model, evidence.example)
     clock.lap("discovery")
     compensation = None
-    if now.compensates:
-        chosen = select_groups(groups, now)
-        compensation = Compensation.measure(model, chosen, used, now, loss_fn=loss_fn, processes=processes)
+    # Before scoring: each pass silences the units of those before it, and what reads them makes up for it.
+    if config.compensates:
+        num_output_probes = getattr(config.criterion, "num_output_probes", 1)
+        compensation = Compensation.measure(evidence, chosen, num_output_probes=num_output_probes)
         clock.lap("measuring")
-    scores = score_in_passes(model, groups, used, now, loss_fn=loss_fn, compensation=compensation, processes=processes)
+    scores = score_in_passes(evidence, found.groups, config, compensation=compensation)
     clock.lap("scoring")
-    plan = make_plan(groups, scores, now)
-    plan = replace(plan, provenance={**plan.provenance, **_place(place, start)})
-    processes.check_same("plan", {**plan.provenance, **{g.group.name: (g.actions, g.ranks) for g in plan}}, _NOT_ALIKE)
-    clock.lap("selection")
-    implanted = {t for g in plan if IMPLANT in g.actions for t in g.ranks}
-    wanted = implanted if now.implant_init is ImplantInit.SVD else set()
-    moments = collect_input_moments(model, wanted, used, processes=processes) if wanted else {}
-    clock.lap("calibration")
-    check_recordable(model, plan)
-    changes: tuple[TensorChange, ...] = ()
-    if compensation is not None:
-        changes = compensation.apply_best_(plan, used, now, loss_fn=loss_fn)
-        clock.lap("compensation")
-    changes += apply_plan_(model, plan, init=now.implant_init, input_moments=moments)
+    scored = stamps_of(model, dict.fromkeys(s.tensor for g in chosen for s in g.slices))
+    draft = Decision(
+        evidence, config, found, scores, (), 0.0, {}, {}, before, place, scored=scored, compensation=compensation
+    )
+    return _with_choice(draft, config, clock)
+
+
+def decide_again(decision: Decision, config: HapConfig) -> Decision:
+    """Decide on another amount, or with other limits, without scoring again.
+
+    Where units were chosen in passes, those that went in earlier passes still rank below all others, so that the plan
+    may differ from that of scoring anew for the other amount. With one pass it is the same.
+
+    Args:
+        decision: What was decided before.
+        config: Other settings; those of the criterion and of how to measure must be the same.
+
+    Returns:
+        The new decision.
+
+    Raises:
+        ConfigError: If the settings ask for other scores, or for something impossible.
+    """
+    if (config.criterion, config.passes) != (decision.config.criterion, decision.config.passes):
+        raise ConfigError(
+            f"the scores are those of {decision.config.criterion} in {decision.config.passes} passes, and the settings "
+            f"ask for {config.criterion} in {config.passes}; decide(evidence, config) scores anew"
+        )
+    decision.evidence.check_made_with(config.precision, config.seed)
+    decision.check_same_model()
+    if config.compensates and decision.compensation is None:
+        raise ConfigError(
+            "the settings ask for compensation, and what it needs of the layers' inputs was not measured or not saved; "
+            "set compensate=False, or decide(evidence, config) anew"
+        )
+    wanted = {g.name for g in select_groups(decision.discovery.groups, config)}
+    if not wanted <= set(decision.scores.sensitivity):
+        raise ConfigError("the settings select groups that were not scored; decide(evidence, config) scores anew")
+    return _with_choice(replace(decision, config=config), config, Clock())
+
+
+def carry_out_(model: nn.Module, decision: Decision, *, optimizer: Optimizer | None = None) -> PruningReport:
+    """Do to ``model`` what was decided, in place. After an error or Ctrl-C it is as it was, and so is the optimizer.
+
+    Args:
+        model: The model that the decision was made for, or a copy of it.
+        decision: What :func:`decide` returned.
+        optimizer: An optimizer of the model that shall go on; its state follows the parameters.
+
+    Returns:
+        What was removed, what it cost and what it saved.
+
+    Raises:
+        PlanMismatchError: If it is another model, or its weights have changed since.
+    """
+    with undone_on_error(model, optimizer), decision.evidence.processes.agreeing("pruning"):
+        check_recordable(model)
+        return _carried_out(model, decision, optimizer)
+
+
+def _carried_out(model: nn.Module, decision: Decision, optimizer: Optimizer | None) -> PruningReport:
+    """Cut the model as decided; whoever calls this puts everything back if it fails."""
+    evidence, config, clock = decision.evidence, decision.config, Clock(decision.seconds)
+    processes = evidence.processes
+    decision.check_fits(model)
+    check_recordable(model, decision.plan)
+    # Before surgery: these values have the shapes of the dense model and are cut with everything else.
+    changes: tuple[TensorChange, ...] = replace_values_(model, decision.values)
+    note_replaced(changes)
+    changes += apply_plan_(model, decision.plan, init=config.implant_init, input_moments=decision.moments)
     # The same decomposition may differ in its last bits from one machine to the next.
     processes.adopt_first_("implants", [c.new for c in changes if c.old is None])
     if optimizer is not None:
         carry_optimizer_state_(optimizer, changes)
     clock.lap("surgery")
-    if now.recalibrate:
-        _recalibrate(model, used, processes)
+    if config.recalibrate:
+        _recalibrate(model, evidence.batches, processes)
         clock.lap("recalibration")
-    after = measure_size(model, example)
-    report = make_report(plan, scores, before, after, clock.seconds)
+    report = decision.report(measure_size(model, evidence.example), clock.seconds)
     processes.check_same_tensors("weights after pruning", dict(model.named_parameters()), _NOT_ALIKE)
-    record_plan(model, plan)  # comes last: with nothing behind it that could fail, it need not be undone
-    return RoundResult(report, start)
+    record_plan(model, decision.plan)  # comes last: with nothing behind it that could fail, it need not be undone
+    return report
 
 
-def _recalibrate(model: nn.Module, batches: Sequence[Mapping[str, Any]], processes: Processes) -> None:
+def _with_choice(draft: Decision, config: HapConfig, clock: Clock) -> Decision:
+    """Return the decision with what follows from its scores."""
+    evidence = draft.evidence
+    choice = choose(draft.discovery.groups, draft.scores, config)
+    if isinstance(choice, str):
+        raise ConfigError(choice)
+    choice.log()
+    evidence.processes.check_same("plan", _plain(choice, draft.place), _NOT_ALIKE)
+    clock.lap("selection")
+    # Silent implants are not fitted, and need no second moments.
+    implanted = {t for g in choice.stage if g.implanted for t in g.ranks}
+    wanted = implanted if config.implant_init is ImplantInit.SVD else set()
+    moments: Mapping[str, Any] = {}
+    if wanted:
+        moments = collect_input_moments(evidence.model, wanted, evidence.batches, processes=evidence.processes)
+    clock.lap("calibration")
+    values: Mapping[str, Any] = {}
+    if config.compensates and draft.compensation is not None:
+        values = draft.compensation.best_values(choice.stage, evidence)
+        clock.lap("compensation")
+    return replace(
+        draft,
+        stage=choice.stage,
+        threshold=choice.threshold,
+        values=values,
+        moments=moments,
+        stamps=stamps_of(evidence.model, values),
+        seconds={**draft.seconds, **clock.seconds},
+    )
+
+
+def _plain(choice: Choice, place: Round) -> dict[str, Any]:
+    """Return what all processes must have chosen, in values that can be compared."""
+    actions: dict[str, tuple[GroupPlan, ...] | Any] = {g.group.name: (g.actions, g.ranks) for g in choice.stage}
+    return {"threshold": choice.threshold, "round": place, **actions}
+
+
+def _warn_of_missing_kinds(found: Discovery, config: HapConfig) -> None:
+    for entry in found.missing(config.kinds):
+        logger.warning("no %s can be removed, left whole are %s", entry.kind, entry)
+
+
+def _recalibrate(model: nn.Module, batches: Sequence[Batch], processes: Processes) -> None:
+    """Estimate the statistics of batch norms anew, or keep the old ones where the batches do not allow it."""
     try:
         with processes.agreeing("recalibration"):
             recalibrate_batch_norms_(model, batches, processes=processes)
     except BatchError as error:
         # The model is right without; statistics of an unfit batch would be worse than the old ones.
         logger.warning("batch norms keep the statistics from before pruning: %s", error)
-
-
-def _place(place: Round, start: Amounts) -> dict[str, int | float]:
-    """Return what a resumed training needs to go on with the next round."""
-    return {
-        "round": place.number,
-        "num_rounds": place.total,
-        "start_units": start.units,
-        "start_params": start.params,
-        "start_macs": start.macs,
-    }
-
-
-class Clock:
-    """Seconds by stage."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self._last = time.perf_counter()
-
-    def lap(self, stage: str) -> None:
-        """Book the time since the last lap under ``stage``.
-
-        Args:
-            stage: Name of the stage that just ended.
-        """
-        now = time.perf_counter()
-        self.seconds[stage] = now - self._last
-        self._last = now

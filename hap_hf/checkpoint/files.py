@@ -34,12 +34,13 @@ def check_sizes(plan: PruningPlan, files: Sequence[str]) -> None:
     and memory for each row of a tensor that it cuts.
 
     Args:
-        plan: The plan.
+        plan: The plan that came with the checkpoint.
         files: The files of weights; without any the weights lie in memory, and nothing is checked.
 
     Raises:
         PlanMismatchError: If one does.
     """
+    # A row has at least a byte, so an honest plan cannot cut more rows than that.
     stored = sum(Path(file).stat().st_size for file in files)
     for stage in plan.stages if files else ():
         rows = sum({(s.tensor, s.dim): s.shape[s.dim] for g in stage for s in g.group.slices}.values())

@@ -15,8 +15,10 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from hap_hf.checkpoint.loading import HapPlanConfig
 from hap_hf.discovery import find_groups
 from hap_hf.errors import ConfigError, PlanFormatError, PlanMismatchError, UnsupportedModelError
+from hap_hf.host import set_attention_
+from hap_hf.names.actions import KEEP, PRUNE
 from hap_hf.names.group import Group, Kind
-from hap_hf.names.plan import KEEP, PRUNE, GroupPlan, PruningPlan
+from hap_hf.names.plan import GroupPlan, PruningPlan
 
 HUB_ARGUMENTS = (
     "cache_dir",
@@ -46,7 +48,7 @@ def load_pruned_heads(auto_class: Any, checkpoint: Any, **from_pretrained_kwargs
         **from_pretrained_kwargs: As for ``auto_class.from_pretrained``.
 
     Returns:
-        The model.
+        The pruned model, with its plan in the config.
 
     Raises:
         ConfigError: If the checkpoint has no pruned heads, or also a ``quantization_config``, or if
@@ -69,6 +71,7 @@ def load_pruned_heads(auto_class: Any, checkpoint: Any, **from_pretrained_kwargs
             f"the config of {str(checkpoint)!r} has both pruned_heads and a quantization_config; remove the one that "
             "does not describe the weights"
         )
+    # The plan says it from now on.
     config.__dict__.pop("pruned_heads")
     layers = _attention_layers(auto_class, config)
     config.quantization_config = HapPlanConfig(_make_plan(layers, pruned)).to_dict()
@@ -85,6 +88,7 @@ def _read_config(
         return copy.deepcopy(kwargs["config"]), others
     config_class = getattr(auto_class, "config_class", None) or AutoConfig
     config, unused = config_class.from_pretrained(checkpoint, return_unused_kwargs=True, **kwargs)
+    # AutoConfig uses these up, and the weights are to be read with them as well.
     again = {name: kwargs[name] for name in (*HUB_ARGUMENTS, "dtype", "torch_dtype") if name in kwargs}
     return config, unused | again
 
@@ -132,10 +136,11 @@ def _attention_layers(auto_class: Any, config: PreTrainedConfig) -> list[Group]:
         UnsupportedModelError: If there is not one group for each layer.
     """
     dense_config = copy.deepcopy(config)
+    # Discovery compares outputs, in a dtype and with an attention that every family has.
     dense_config.dtype = torch.float32
-    dense_config._attn_implementation = "eager"
+    set_attention_(dense_config, "eager")
     build = getattr(auto_class, "from_config", auto_class)
-    with torch.random.fork_rng(devices=[]):  # the random weights are the caller's business as little as the model
+    with torch.random.fork_rng(devices=[]):  # the model is dropped, and should not move random numbers
         dense = build(dense_config).eval()
     layers = [g for g in find_groups(dense, _example(dense)) if g.kind is Kind.HEADS]
     # ALBERT numbers its few distinct layers, not the times they are run.
@@ -153,7 +158,7 @@ def _example(model: PreTrainedModel) -> dict[str, Tensor]:
     """Return one small input.
 
     Args:
-        model: The model.
+        model: A dense model of the checkpoint's config.
 
     Returns:
         Token ids or an image.
@@ -179,11 +184,12 @@ def _make_plan(layers: Sequence[Group], pruned: Mapping[int, frozenset[int]]) ->
         pruned: Head numbers by layer number.
 
     Returns:
-        The plan.
+        A plan of one stage, without the layers that keep all their heads.
 
     Raises:
         PlanMismatchError: If a layer or a head does not exist.
     """
+    # transformers 4 numbered the heads of the dense model, whatever it removed first: one stage says it all.
     stage = []
     for layer, heads in sorted(pruned.items()):
         if layer >= len(layers):
@@ -194,4 +200,4 @@ def _make_plan(layers: Sequence[Group], pruned: Mapping[int, frozenset[int]]) ->
                 f"pruned_heads[{layer}] names head {max(heads)}, and {group.name} has {group.num_units} heads"
             )
         stage.append(GroupPlan(group, "".join(PRUNE if u in heads else KEEP for u in range(group.num_units))))
-    return PruningPlan((tuple(stage),), {"method": "transformers 4 pruned_heads"})
+    return PruningPlan((tuple(stage),), ({"method": "transformers 4 pruned_heads"},))

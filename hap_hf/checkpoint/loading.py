@@ -2,12 +2,12 @@
 
 transformers has one place in which a checkpoint may say that its modules differ from what its config describes, and one
 mechanism that reads it in time: ``quantization_config`` and the quantizer registered for its ``quant_method``.
-Importing this module registers ``"hap"``. A loaded model is then stripped of every sign of quantization: it is an
+Importing this module registers ``"hap_hf"``. A loaded model is then stripped of every sign of quantization: it is an
 ordinary model with fewer weights, and only its config still carries the plan.
 """
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from itertools import islice
 from typing import Any
@@ -21,22 +21,24 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from hap_hf.checkpoint.files import check_files, check_sizes
+from hap_hf.checkpoint.host import forget_quantized_, was_loaded
 from hap_hf.errors import ConfigError, PlanFormatError, PlanMismatchError
-from hap_hf.names.plan import GroupPlan, PruningPlan
+from hap_hf.names.plan import PruningPlan
 from hap_hf.surgery import apply_plan_
 
 logger = logging.getLogger(__name__)
 
-QUANT_METHOD = "hap"
+QUANT_METHOD = "hap_hf"
+QUANT_METHODS = (QUANT_METHOD, "hap")
+"""The method's name in files: that of the package, for whoever meets it without, and the one of plans of format 1."""
 ALIGNMENT = 64  # bytes, as torch allocates on the CPU
 
 
-@register_quantization_config(QUANT_METHOD)
 class HapPlanConfig(QuantizationConfigMixin):
     """The ``quantization_config`` entry of a pruned model's ``config.json``.
 
     Args:
-        plan: The plan.
+        plan: Everything that was done to the model since it was dense.
     """
 
     quant_method: Any = QUANT_METHOD
@@ -60,7 +62,7 @@ class HapPlanConfig(QuantizationConfigMixin):
         Raises:
             PlanFormatError: If an entry is missing, unknown or malformed.
         """
-        if set(config_dict) != {"quant_method", "plan"}:
+        if not {"quant_method", "plan"} <= set(config_dict) <= {"quant_method", "plan", "library"}:
             raise PlanFormatError(
                 "the quantization_config of a pruned model must hold quant_method and plan and nothing else, got "
                 f"{sorted(str(key)[:40] for key in config_dict)[:10]}; take config.json from the save of the weights"
@@ -73,9 +75,11 @@ class HapPlanConfig(QuantizationConfigMixin):
         return {"quant_method": QUANT_METHOD, "plan": self.plan.to_dict()}
 
 
-@register_quantizer(QUANT_METHOD)
 class HapQuantizer(HfQuantizer):
     """The hooks through which ``from_pretrained`` rebuilds a pruned model; quantizes nothing.
+
+    transformers builds the dense model without storage, calls ``_process_model_before_weight_loading``, where it is
+    pruned, reads the weights into it, and calls ``_process_model_after_weight_loading``.
 
     Args:
         quantization_config: The entry of ``config.json``.
@@ -129,38 +133,40 @@ class HapQuantizer(HfQuantizer):
             config: The model's config.
 
         Returns:
-            The config.
+            The same config, with a dtype.
         """
         if getattr(config, "dtype", None) is None:
             config.dtype = torch.get_default_dtype()
         return config
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        """Prune the model, which has no storage yet, and compare it with the files before a weight is read."""
         files = [str(file) for file in kwargs.get("checkpoint_files") or ()]
         check_files(files)
         self.plan = _fit_to_class(self.plan, model)
         check_sizes(self.plan, files)
         with torch.device("cpu"):  # transformers makes meta the default here, and indices must have values
             apply_plan_(model, self.plan)
+        # Of the pruned model: what the checkpoint must hold.
         self._shapes = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+        # Whole layers, as an implant's weights and the rest of a cut layer must come from the checkpoint, too.
         self._cut = {_owner(s.tensor) for g in self.plan for s in g.group.slices}
         self._refuse(self._not_stored())
         self._refuse(self._stored_otherwise(files, f"{model.base_model_prefix}."))
         return model
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        """Check what was read, and leave an ordinary model whose config alone tells of the plan."""
         self._refuse(self._not_loaded(model))
         _align(model)
-        for name in ("hf_quantizer", "quantization_method", "is_quantized"):
-            model.__dict__.pop(name, None)
-        for module in model.modules():
-            if isinstance(module, PreTrainedModel):
-                module.config.__dict__.pop("_is_quantized", None)
+        # Taken for quantized it could not be cast, and neither transformers nor hap_hf would let it be changed again.
+        forget_quantized_(model)
         # A plain dict, as AutoConfig reads it: from_pretrained(..., config=model.config) takes nothing else.
         model.config.quantization_config = HapPlanConfig(self.plan).to_dict()
         return model
 
     def _refuse(self, wrong: Iterable[str]) -> None:
+        """Raise if there is any sentence: transformers would fill the gaps at random and only log it."""
         listed = list(islice(wrong, 20))
         if listed:
             raise PlanMismatchError(
@@ -175,7 +181,7 @@ class HapQuantizer(HfQuantizer):
             yield f"{name}: expected a weight that checkpoints hold, got a buffer that they do not"
 
     def _stored_otherwise(self, files: Iterable[str], prefix: str) -> Iterator[str]:
-        """Yield a sentence for each cut tensor that a file lists in another shape, if under the model's name for it."""
+        """Yield a sentence for each tensor of a cut layer that a file holds in another shape, by the model's names."""
         for file in files:
             with safe_open(file, framework="pt") as stored:
                 for key in list(stored.keys()):
@@ -193,12 +199,17 @@ class HapQuantizer(HfQuantizer):
             numbered = layers and any(part.isdigit() for part in name.split("."))
             fixed = numbered or _owner(name) in self._cut
             # transformers marks what it loaded. Offloaded tensors are read, and their shapes checked, at each use.
-            loaded = tensor.is_meta or getattr(tensor, "_is_hf_initialized", False)
+            loaded = tensor.is_meta or was_loaded(tensor)
             if list(tensor.shape) != self._shapes[name]:
                 hint = "" if fixed else "; a head of another size needs transformers 5.23 or newer"
                 yield f"{name}: expected shape {self._shapes[name]}, got {list(tensor.shape)}{hint}"
             elif fixed and not loaded:
                 yield f"{name}: expected shape {self._shapes[name]}, got none of that name and shape"
+
+
+for _method in QUANT_METHODS:
+    register_quantization_config(_method)(HapPlanConfig)
+    register_quantizer(_method)(HapQuantizer)
 
 
 def _fit_to_class(plan: PruningPlan, model: PreTrainedModel) -> PruningPlan:
@@ -230,10 +241,11 @@ def _fit_to_class(plan: PruningPlan, model: PreTrainedModel) -> PruningPlan:
     def lengthened(name: str) -> str:
         return prefix + name
 
+    # The one under which most modules are found; where several do equally well, the first.
     rename = max((unchanged, shortened, lengthened), key=lambda f: sum(f(name) in modules for name in owners))
-    renamed = ([_rename(g, rename) for g in stage] for stage in plan.stages)
     stages = tuple(
-        tuple(g for g in stage if not modules.isdisjoint(_owner(s.tensor) for s in g.group.slices)) for stage in renamed
+        tuple(g for g in stage if not modules.isdisjoint(_owner(s.tensor) for s in g.group.slices))
+        for stage in plan.renamed(rename).stages
     )
     if owners and not any(stages):
         raise PlanMismatchError(
@@ -246,16 +258,6 @@ def _fit_to_class(plan: PruningPlan, model: PreTrainedModel) -> PruningPlan:
     return replace(plan, stages=stages)
 
 
-def _rename(plan: GroupPlan, rename: Callable[[str], str]) -> GroupPlan:
-    group = replace(
-        plan.group,
-        name=rename(plan.group.name),
-        slices=tuple(replace(s, tensor=rename(s.tensor)) for s in plan.group.slices),
-        counters=tuple(replace(c, attribute=rename(c.attribute)) for c in plan.group.counters),
-    )
-    return replace(plan, group=group, ranks={rename(name): rank for name, rank in plan.ranks.items()})
-
-
 def _align(model: nn.Module) -> None:
     """Give weights that lie at odd addresses of a mapped file memory of their own.
 
@@ -264,6 +266,7 @@ def _align(model: nn.Module) -> None:
     """
     for tensor in model.state_dict(keep_vars=True).values():
         if type(tensor) in {torch.Tensor, nn.Parameter} and tensor.is_cpu and tensor.data_ptr() % ALIGNMENT:
+            # The parameter itself remains, as tied weights are one object.
             tensor.data = tensor.data.clone()
 
 

@@ -1,18 +1,20 @@
 """Plans in ``config.json``: what lets ``save_pretrained`` write a pruned model that ``from_pretrained`` can read."""
 
+import copy
 import os
 from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from hap_hf.checkpoint.loading import QUANT_METHOD, HapPlanConfig
+from hap_hf.checkpoint.host import check_at_saving, forget_adapters_
+from hap_hf.checkpoint.loading import QUANT_METHODS, HapPlanConfig
 from hap_hf.checkpoint.vanilla import stock_config
 from hap_hf.errors import ConfigError, PlanMismatchError, UnsupportedModelError
 from hap_hf.model.adapters import check_no_adapters
-from hap_hf.names.group import Role
-from hap_hf.names.plan import IMPLANT, PRUNE, PruningPlan
+from hap_hf.names.outcome import shapes_left
+from hap_hf.names.plan import PruningPlan
 
 
 def record_plan(model: nn.Module, plan: PruningPlan) -> None:
@@ -21,8 +23,8 @@ def record_plan(model: nn.Module, plan: PruningPlan) -> None:
     A plan already there is kept and composed with the new one. Models that are no ``PreTrainedModel`` have no config
     that is saved with them; for those nothing is stored, and the caller keeps the plan.
 
-    A model whose adapters were merged by hand may still pass for one with adapters, of which ``save_pretrained`` would
-    write nothing else; that mark is taken off.
+    A model whose adapters were merged by hand may still be marked as one with adapters, of which ``save_pretrained``
+    would write nothing but the adapters; the mark is taken off.
 
     Args:
         model: The pruned model.
@@ -38,9 +40,22 @@ def record_plan(model: nn.Module, plan: PruningPlan) -> None:
         return
     composed = _compose(model, plan)
     check_described(model, composed)
+    # A plan in a config that a dense model shares would make that one's checkpoints unreadable.
+    _give_own_config_(model)
     model.config.quantization_config = HapPlanConfig(composed).to_dict()
-    for name in ("_hf_peft_config_loaded", "peft_config"):
-        vars(model).pop(name, None)
+    forget_adapters_(model)
+
+
+def _give_own_config_(model: PreTrainedModel) -> None:
+    """Give a model, and all that shares its config, a copy of it: transformers lets several models hold one object."""
+    # The memo holds the copy of each object by the id of the original, also of parts of the config that submodules
+    # hold.
+    copied: dict[int, Any] = {}
+    copy.deepcopy(model.config, copied)
+    for module in model.modules():
+        own = vars(module).get("config")
+        if isinstance(own, PreTrainedConfig) and id(own) in copied:
+            module.config = copied[id(own)]
 
 
 def check_recordable(model: nn.Module, plan: PruningPlan | None = None) -> None:
@@ -75,7 +90,7 @@ def plan_of(model: nn.Module) -> PruningPlan | None:
         PlanFormatError: If the config carries something that is no plan.
     """
     slot = _slot_of(model)
-    if slot is None or _method_of(slot) != QUANT_METHOD:
+    if slot is None or _method_of(slot) not in QUANT_METHODS:
         return None
     entry = slot if isinstance(slot, HapPlanConfig) else HapPlanConfig.from_dict(slot)
     return entry.plan
@@ -115,6 +130,7 @@ def save_pruned(
     if not vanilla:
         model.save_pretrained(directory, **save_pretrained_kwargs)
         return
+    # save_pretrained writes whatever config the model has at that moment.
     stock, own = stock_config(model, plan), model.config
     model.config = stock
     try:
@@ -123,11 +139,44 @@ def save_pruned(
         model.config = own
 
 
+def _check_saved(model: PreTrainedModel, state_dict: Mapping[str, Any] | None) -> None:
+    """Check that the plan in a model's config describes the weights that are about to be saved with it.
+
+    A dense model that was built from the config of a pruned one carries a plan that it never went through, and its
+    checkpoint could not be read again.
+
+    Args:
+        model: A model that is about to be saved, pruned or not.
+        state_dict: The weights that are saved in place of its own, if any.
+
+    Raises:
+        PlanMismatchError: If a weight has another shape than the plan leaves it with.
+    """
+    plan = plan_of(model) if _method_of(_slot_of(model)) in QUANT_METHODS else None
+    if plan is None or getattr(model, "hf_quantizer", None) is not None:
+        return
+    # Only shapes are compared, at every save: that the stages fit each other was checked when they were recorded.
+    left, _ = shapes_left(plan.stages)
+    saved = dict(model.state_dict() if state_dict is None else state_dict)
+    shapes = {name: tuple(saved[name].shape) for name in left if name in saved}
+    wrong = [name for name, shape in shapes.items() if shape != left[name]]
+    if wrong:
+        raise PlanMismatchError(
+            f"the config of this {type(model).__name__} carries the plan of a pruned model, and {len(wrong)} of its "
+            f"weights are others: {wrong[0]} has shape {list(shapes[wrong[0]])}, the plan leaves "
+            f"{list(left[wrong[0]])}; it could not be loaded again. For a dense model take the plan off: "
+            "del model.config.quantization_config"
+        )
+
+
+check_at_saving(_check_saved)
+
+
 def _compose(model: nn.Module, plan: PruningPlan) -> PruningPlan:
     """Return the plan recorded so far followed by ``plan``.
 
     Args:
-        model: The model, pruned before or not.
+        model: The model, pruned before or not; without adapters.
         plan: The next stages.
 
     Returns:
@@ -138,12 +187,13 @@ def _compose(model: nn.Module, plan: PruningPlan) -> PruningPlan:
     """
     check_no_adapters(model)
     slot = _slot_of(model)
-    if slot is not None and _method_of(slot) != QUANT_METHOD:
+    if slot is not None and _method_of(slot) not in QUANT_METHODS:
         raise ConfigError(
             f"expected a model without quantization, got a {type(model).__name__} whose config.quantization_config has "
             f"quant_method {str(_method_of(slot))!r}; a checkpoint has room for one, so prune first and quantize a copy"
         )
     before = plan_of(model)
+    # The stages of `plan` name tensors as the recorded ones left them, so they come behind.
     composed = plan if before is None else before.then(plan)
     return PruningPlan.from_dict(composed.to_dict())  # what could not be read back must not be written
 
@@ -152,36 +202,24 @@ def check_described(model: nn.Module, plan: PruningPlan) -> None:
     """Check that every tensor has the shape that ``plan`` leaves it with.
 
     Args:
-        model: The model.
-        plan: Everything that was done to it.
+        model: The model, after everything in ``plan``.
+        plan: Everything that was done to it since it was dense.
 
     Raises:
         PlanMismatchError: If one has not, or if a stage expects other shapes than the one before left.
     """
-    left: dict[str, list[int]] = {}
-    wrong: list[str] = []
-
-    def compare(name: str, expected: list[int], got: list[int] | None) -> None:
-        if expected != got:
-            wrong.append(f"{name}: expected shape {expected}, got {got}")
-
-    for stage in plan.stages:
-        for name, shape in {s.tensor: list(s.shape) for g in stage for s in g.group.slices}.items():
-            compare(name, left.get(name, shape), shape)
-            left[name] = shape
-        for g in stage:
-            for s in g.group.slices:
-                factored = s.role is Role.PRODUCER and s.tensor in g.ranks
-                gone = g.actions.count(PRUNE) + (g.actions.count(IMPLANT) if factored else 0)
-                left[s.tensor][s.dim] -= gone * s.width
+    left, wrong = shapes_left(plan.stages)
     tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
     for name, shape in left.items():
-        compare(name, shape, list(tensors[name].shape) if name in tensors else None)
+        got = tuple(tensors[name].shape) if name in tensors else None
+        if got != shape:
+            wrong.append(f"{name}: expected shape {list(shape)}, got {None if got is None else list(got)}")
     if wrong:
         raise PlanMismatchError(
             f"the recorded plan does not describe this {type(model).__name__}; record a plan right after applying it, "
             "and build new models from a config without the quantization_config of a pruned one:\n  "
-            + "\n  ".join(wrong[:20])
+            + "\n  ".join(wrong[:3])
+            + (f"\n  and {len(wrong) - 3} more" if len(wrong) > 3 else "")
         )
 
 

@@ -1,6 +1,5 @@
 """timm models inside transformers' wrapper, pruned ones included, so that they save, load and train as any other."""
 
-from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -9,8 +8,7 @@ from transformers import TimmWrapperConfig, TimmWrapperForImageClassification
 
 from hap_hf.checkpoint.record import record_plan
 from hap_hf.errors import UnsupportedModelError
-from hap_hf.names.group import Counter, Group
-from hap_hf.names.plan import GroupPlan, PruningPlan
+from hap_hf.names.plan import PruningPlan
 from hap_hf.surgery import apply_plan_
 
 _PREFIX = "timm_model."
@@ -54,12 +52,14 @@ def wrap_timm(
             f"{type(model).__name__} with architecture={architecture!r} and num_classes={num_classes!r}; pass "
             "architecture= the name that timm.create_model takes"
         )
+    # There it is the number of classes of the pretrained weights, which need not be this model's.
     card = {k: v for k, v in card.items() if k != "num_classes"}
     settings: dict[str, Any] = {"architecture": architecture, "num_labels": num_classes, "pretrained_cfg": card}
     if model_args:
         settings["model_args"] = dict(model_args)
     config = TimmWrapperConfig(**settings)
     try:
+        # Only names and shapes of the tensors are compared.
         with torch.device("meta"):
             wrapper = TimmWrapperForImageClassification(config)
     except (RuntimeError, TypeError, ImportError) as error:
@@ -79,20 +79,6 @@ def wrap_timm(
     wrapper.timm_model = model
     wrapper.train(model.training)
     if plan is not None:
-        record_plan(wrapper, _inside_wrapper(plan))
+        # Inside the wrapper all names begin with that of the timm model.
+        record_plan(wrapper, plan.renamed(_PREFIX.__add__))
     return wrapper
-
-
-def _inside_wrapper(plan: PruningPlan) -> PruningPlan:
-    """Return the plan with the names that tensors have inside the wrapper."""
-    return PruningPlan(tuple(tuple(map(_renamed, stage)) for stage in plan.stages), plan.provenance)
-
-
-def _renamed(g: GroupPlan) -> GroupPlan:
-    group: Group = replace(
-        g.group,
-        name=_PREFIX + g.group.name,
-        slices=tuple(replace(s, tensor=_PREFIX + s.tensor) for s in g.group.slices),
-        counters=tuple(Counter(_PREFIX + c.attribute, c.width) for c in g.group.counters),
-    )
-    return GroupPlan(group, g.actions, {_PREFIX + name: rank for name, rank in g.ranks.items()})

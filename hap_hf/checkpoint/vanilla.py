@@ -11,8 +11,10 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from hap_hf.errors import ConfigError
+from hap_hf.host import attention_of, set_attention_
+from hap_hf.names.actions import IMPLANT
 from hap_hf.names.group import Kind, Role
-from hap_hf.names.plan import IMPLANT, PRUNE, PruningPlan
+from hap_hf.names.plan import PruningPlan
 
 SETTINGS = {
     Kind.HEADS: (
@@ -45,7 +47,7 @@ def stock_config(model: PreTrainedModel, plan: PruningPlan) -> PreTrainedConfig:
         plan: Everything that was done to it.
 
     Returns:
-        The config.
+        A config without a plan, that was tried by building an empty model of it.
 
     Raises:
         ConfigError: If there is none, with the reason.
@@ -65,7 +67,7 @@ def stock_config(model: PreTrainedModel, plan: PruningPlan) -> PreTrainedConfig:
             _change(config, settings, [w for w in widths if w.kind is kind])
         # Built as from_pretrained will build it: from JSON, whose checks are stricter than those of assignment.
         config = type(config).from_dict(json.loads(config.to_json_string()))
-        config._attn_implementation = model.config._attn_implementation
+        set_attention_(config, attention_of(model.config))
         with torch.device("meta"):
             empty = type(model)(config)
     except ConfigError:
@@ -106,12 +108,13 @@ class Width:
 
 def _widths(plan: PruningPlan) -> Iterator[Width]:
     """Yield the width of every group that lost units."""
+    # A group that is cut in several stages counts once: units before the first, and after the last.
     found: dict[tuple[Kind, frozenset[str]], Width] = {}
     for g in plan:
         consumers = frozenset(s.tensor for s in g.group.slices if s.role is Role.CONSUMER)
         first = found.get((g.group.kind, consumers))
         before = first.before if first else g.group.num_units
-        now = g.group.num_units - g.actions.count(PRUNE)
+        now = g.survivors
         found[g.group.kind, consumers] = Width(g.group.name, g.group.kind, before, now, consumers)
     yield from found.values()
 
@@ -127,13 +130,16 @@ def _change(config: PreTrainedConfig, settings: Sequence[str], widths: Sequence[
     Raises:
         ConfigError: If one setting would have to be two numbers.
     """
+    # Configs map common names to their own, and only the latter are stored.
     keys = {config.attribute_map.get(setting, setting) for setting in settings}
     if _fewer_heads(widths):
         heads: int = getattr(config, "num_attention_heads", 1)
+        # Before the number of heads changes, from which models compute it where it is not set.
         config.head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     for key in sorted(k for k in keys if hasattr(config, k)):
         scope = key.partition("_")[0] if key.startswith(("encoder_", "decoder_")) else ""
         value = getattr(config, key)
+        # A setting of one half of an encoder-decoder counts only groups that lie in it.
         counted = [
             w for w in widths if scope in {"", *w.place.replace(":", ".").split(".")} and _counts(config, key, w)
         ]
@@ -151,6 +157,7 @@ def _change(config: PreTrainedConfig, settings: Sequence[str], widths: Sequence[
                 ratio = w.now / config.hidden_size
                 setattr(config, key, int(ratio) if ratio == int(ratio) else ratio)
             else:
+                # Under grouped queries a unit has several query heads: as many as before.
                 setattr(config, key, value // w.before * w.now if w.kind is Kind.HEADS else w.now)
 
 

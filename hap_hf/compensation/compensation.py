@@ -2,11 +2,11 @@
 
 import logging
 import math
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice
-from typing import Any, Self
+from functools import partial
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -14,16 +14,14 @@ from torch import Tensor, nn
 from hap_hf.compensation.fit import Fit, fit_removed
 from hap_hf.compensation.moments import weighted_moments
 from hap_hf.compensation.readers import Reader, readers_of
-from hap_hf.config import HapConfig
-from hap_hf.evidence.losses import LossFunction, model_loss
+from hap_hf.evidence.evidence import Evidence, mean_loss
 from hap_hf.evidence.memory import in_batches_that_fit
 from hap_hf.evidence.processes import ALONE, Processes
-from hap_hf.evidence.task import ScoringTask, mean_loss
-from hap_hf.model.change import TensorChange
 from hap_hf.model.masking import Units, channels, masked
-from hap_hf.model.values import replace_values_, replaced_values
+from hap_hf.model.values import replaced_values
+from hap_hf.names.actions import PRUNE
 from hap_hf.names.group import Group, Role
-from hap_hf.names.plan import PRUNE, PruningPlan
+from hap_hf.names.plan import GroupPlan
 
 logger = logging.getLogger(__name__)
 
@@ -53,25 +51,14 @@ class Compensation:
     processes: Processes = ALONE
 
     @classmethod
-    def measure(
-        cls,
-        model: nn.Module,
-        groups: Sequence[Group],
-        batches: Iterable[Mapping[str, Any]],
-        config: HapConfig,
-        *,
-        loss_fn: LossFunction | None = None,
-        processes: Processes = ALONE,
-    ) -> Self:
-        """Measure what the layers of ``model`` read.
+    def measure(cls, evidence: Evidence, groups: Sequence[Group], *, num_output_probes: int | None = 1) -> Self:
+        """Measure what the layers of a model read.
 
         Args:
-            model: The model that the groups were found in; left exactly as found.
+            evidence: What to measure on; the model is left exactly as found.
             groups: Groups whose units may go.
-            batches: As for :func:`~hap_hf.criteria.score_groups`, and so are all others.
-            config: How derivatives are computed.
-            loss_fn: Mean loss of the model on a batch.
-            processes: The processes that prune together.
+            num_output_probes: Backward passes per batch, each from random signs at the model's outputs; None for as
+                many as there are outputs, which is exact.
 
         Returns:
             What was measured. It takes ``8 n^2`` bytes (16 for float64 models) for each layer that reads n features.
@@ -81,10 +68,24 @@ class Compensation:
             CurvatureError: If a loss or a derivative is not finite.
             UnsupportedModelError: If the loss is not computed from the model's outputs, or of unknown kind.
         """
-        task = ScoringTask(model, groups, batches, config, loss_fn or model_loss, processes)
-        readers = readers_of(model, groups)
+        readers = readers_of(evidence.model, groups)
+        if not readers:  # every layer that reads units makes its weight anew in each pass, or shares it
+            return cls(evidence.model, readers, {}, evidence.processes)
         paths = [reader.path for reader in readers]
-        return cls(model, readers, in_batches_that_fit(lambda t: weighted_moments(t, paths), task), processes)
+        moments = in_batches_that_fit(
+            partial(weighted_moments, paths=paths, num_output_probes=num_output_probes), evidence
+        )
+        # [-1, -1] is the summed weight of the positions: zero where no sample of this half reaches the loss.
+        halves_missing = [path for path, halves in moments.items() if not all(half[-1, -1] > 0 for half in halves)]
+        if halves_missing:
+            logger.warning(
+                "%d of %d layers, %s among them, are not compensated: it takes two samples that reach the loss to tell "
+                "what is predictable; pass more samples",
+                len(halves_missing),
+                len(moments),
+                halves_missing[0],
+            )
+        return cls(evidence.model, readers, moments, evidence.processes)
 
     @classmethod
     def of(cls, model: nn.Module, groups: Sequence[Group], moments: Mapping[str, Tensor]) -> Self:
@@ -92,7 +93,7 @@ class Compensation:
 
         Args:
             model: The model, or a copy of the one that was measured.
-            groups: Its groups.
+            groups: Its groups, as they were measured.
             moments: What was measured.
 
         Returns:
@@ -114,6 +115,7 @@ class Compensation:
         return self._adopted(values)
 
     def _adopted(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return the first process's values: solvers round differently, and copies of a model must stay equal."""
         self.processes.adopt_first_("compensated weights", values.values())
         return values
 
@@ -126,6 +128,7 @@ class Compensation:
             if reader.path not in self.moments or not removed.get(reader.path):
                 continue
             halves = self.moments[reader.path]
+            # A layer with an implant reads its input with several weights; as outputs they are fitted together.
             rows = torch.cat([_rows(self.model.get_parameter(n), dim) for n, dim in reader.inputs.items()])
             index = torch.tensor(sorted(set(removed[reader.path])), device=halves.device)
             fits = fit_removed(halves, index, rows, constant=reader.takes_constant, floors=floors)
@@ -138,13 +141,15 @@ class Compensation:
         return values
 
     def _values(self, reader: Reader, fit: Fit | None) -> dict[str, Tensor]:
+        """Return the weights and the bias of a layer with a fit added, or as they are where there is none."""
         values, start = {}, 0
         for name, dim in reader.inputs.items():
             values[name] = self.model.get_parameter(name).detach().clone()
-            columns = values[name].movedim(dim, -1)
+            columns = values[name].movedim(dim, -1)  # [..., inputs], a view: what is written to it lands in the value
             number = columns[..., 0].numel()
             if fit is not None:
                 added = fit.weights[start : start + number].to(columns.device)
+                # Added in float64 and rounded once. A convolution's taps are outputs of their own, see _rows.
                 wide = columns.double().flatten(0, -2).index_add(1, fit.kept.to(columns.device), added)
                 columns.copy_(wide.view_as(columns))
             start += number
@@ -161,32 +166,14 @@ class Compensation:
             gone: All units that are gone by then.
 
         Yields:
-            Nothing.
+            Nothing; the model computes as if it had been pruned, in its full shapes.
         """
         units = [(group, list(indices)) for group, indices in gone]
         with replaced_values(self.model, self.values(units)), masked(self.model, units):
             yield
 
-    def apply_(self, plan: PruningPlan) -> tuple[TensorChange, ...]:
-        """Make up for the units that a plan is about to prune.
-
-        Args:
-            plan: A plan of one stage, not applied yet.
-
-        Returns:
-            The parameters that were replaced, for :func:`hap_hf.surgery.carry_optimizer_state_`.
-        """
-        return replace_values_(self.model, self.values(_gone(plan)))
-
-    def apply_best_(
-        self,
-        plan: PruningPlan,
-        batches: Iterable[Mapping[str, Any]],
-        config: HapConfig,
-        *,
-        loss_fn: LossFunction | None = None,
-    ) -> tuple[TensorChange, ...]:
-        """Make up for the units that a plan is about to prune so that the whole model loses least.
+    def best_values(self, stage: Sequence[GroupPlan], evidence: Evidence) -> dict[str, Tensor]:
+        """Return the weights and biases that make up for pruned units so that the whole model loses least.
 
         What a layer chooses for itself is right for the inputs that it has in the model with all its units. The more
         goes, the less they are those that it will have, and a layer that lives on small differences between them
@@ -194,25 +181,23 @@ class Compensation:
         among stronger regularisations, or are left as they are. It takes a forward pass of every batch for each.
 
         Args:
-            plan: A plan of one stage, not applied yet.
-            batches: Batches to compute the loss on: those that were measured, or others.
-            config: ``precision``, ``max_batches`` and ``progress`` are used.
-            loss_fn: Mean loss of the model on a batch.
+            stage: What happens to the units; not applied yet.
+            evidence: What to compute the loss on: the batches that were measured, or others.
 
         Returns:
-            The parameters that were replaced, for :func:`hap_hf.surgery.carry_optimizer_state_`.
+            New values by name of the parameter; none where nothing helps.
 
         Raises:
             BatchError: If there are no batches, or they hold no loss terms.
         """
-        gone = _gone(plan)
-        used = list(islice(batches, config.max_batches))  # the same ones each time that they are gone through
-        task = ScoringTask(self.model, [], used, config, loss_fn or model_loss, self.processes)
+        gone = [(g.group, g.units(PRUNE)) for g in stage]
         losses = {}
+        # Without any compensation first, so that it wins where nothing else is better.
         choices = {math.inf: {}, **dict(zip(FLOORS, self._values_by_floor(gone, FLOORS), strict=True))}
         for floor, values in choices.items():
+            # The columns that read the units are as they were, so the units must be silent.
             with replaced_values(self.model, values), masked(self.model, gone):
-                losses[floor] = in_batches_that_fit(mean_loss, task)
+                losses[floor] = in_batches_that_fit(mean_loss, evidence)
         best = min(losses, key=lambda floor: losses[floor])
         logger.info(
             "compensation regularised by %g and more: loss %.4g, %.4g without any",
@@ -220,11 +205,7 @@ class Compensation:
             losses[best],
             losses[math.inf],
         )
-        return replace_values_(self.model, self._adopted(choices[best]))
-
-
-def _gone(plan: PruningPlan) -> list[tuple[Group, list[int]]]:
-    return [(group.group, group.units(PRUNE)) for group in plan]
+        return self._adopted(choices[best])
 
 
 def _rows(weight: Tensor, dim: int) -> Tensor:

@@ -35,11 +35,12 @@ class Fit:
 def fit_removed(
     halves: Tensor, removed: Tensor, rows: Tensor, *, constant: bool, floors: Sequence[float] = (0.0,)
 ) -> list[Fit | None]:
-    r"""Return how what a layer made of its removed inputs x_R is best made of the kept ones x_K.
+    r"""Return the weights with which the kept inputs x_K best replace what a layer made of the removed ones, x_R.
 
     Ridge regression: ``D`` and ``c`` minimise ``sum_t w_t ||W_R x_R - D x_K - c||^2 + r m ||D||^2`` over positions t
-    with weights w_t, where m is the mean second moment of a kept input. The strength r is one of :data:`RIDGES`: from
-    the strongest on, the last one before what each half of the samples tells serves the other half less.
+    with weights w_t, where m is the mean second moment of a kept input. The strength r is one of :data:`RIDGES`. From
+    the strongest to weaker ones, each half of the samples is fitted and the fit is tried on the other half; the last
+    strength before the error grows is taken.
 
     Without the ridge, adding D to the weights of the kept inputs and c to the bias is the optimal update of what
     remains, in the quadratic approximation of the loss around it, if the curvature is that of the layer's outputs times
@@ -57,8 +58,8 @@ def fit_removed(
         floors: Weakest strengths that may be chosen.
 
     Returns:
-        For each floor the fit; None if the removed inputs are no loss, or if no fit helps on samples that were not
-        fitted.
+        For each floor the fit; None if nothing is lost with the removed inputs, or if no fit helps on samples that
+        were not fitted.
     """
     halves, rows = halves.double(), rows.detach().to(halves.device).double()
     one = halves.shape[-1] - 1
@@ -71,6 +72,8 @@ def fit_removed(
         return [None] * len(floors)
     lost = first.lost + second.lost
     errors = {math.inf: lost}  # of the strengths that are worth it, from no fit at all on
+    # Cross-fitting: each half is predicted by the fit of the other, which has not seen its noise. The error on the half
+    # that was fitted would fall with every weaker ridge, and choose none.
     for ridge in RIDGES:
         solutions = first.solution(ridge), second.solution(ridge)
         if solutions[0] is None or solutions[1] is None:
@@ -79,6 +82,7 @@ def fit_removed(
         if error >= min(errors.values()):
             break
         errors[ridge] = error
+    # The weakest that was worth it; no fit at all, which counts as infinite, where the floor allows none of them.
     chosen = [min(ridge for ridge in errors if ridge >= floor) for floor in floors]
     fits = dict.fromkeys(chosen)
     for ridge in fits:
@@ -89,7 +93,7 @@ def fit_removed(
 
 
 def _mixed(rows: Tensor) -> Tensor:
-    """Return few outputs whose squared errors add up to those of all in the mean: sums with random signs."""
+    """Return a few sums of outputs with random signs s: as E s s^T = 1, squared errors add up to those of all."""
     if len(rows) <= _MOST_OUTPUTS:
         return rows
     signs = torch.randint(2, (_MOST_OUTPUTS, len(rows)), generator=torch.Generator().manual_seed(0), device="cpu")
@@ -97,6 +101,7 @@ def _mixed(rows: Tensor) -> Tensor:
 
 
 def _others(removed: Tensor, total: int) -> Tensor:
+    """Return the indices below ``total`` that are not removed, in order."""
     left = torch.ones(total, dtype=torch.bool, device=removed.device)
     left[removed] = False
     return left.nonzero().flatten()
@@ -125,10 +130,12 @@ class _Problem:
     def solution(self, ridge: float) -> Tensor | None:
         """Return the weights, that of the constant last, ``[outputs, known]``; None where they are not determined."""
         system = self.known.clone()
+        # Not the constant, which is last: a mean is no weight that could be too large.
         system.diagonal()[: self.num_kept] += ridge * self.mean_square
         factor, failed = torch.linalg.cholesky_ex(system)
         return None if failed.item() else torch.cholesky_solve(self.across.T, factor).T
 
     def error(self, weights: Tensor) -> float:
         """Return the squared error of the outputs with these weights in place of the removed ones."""
+        # ||a - D b||^2 = ||a||^2 - 2 <D, a b^T> + <D b b^T, D>, summed over positions
         return self.lost + ((weights @ self.known) * weights - 2 * weights * self.across).sum().item()

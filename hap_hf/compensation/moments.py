@@ -12,11 +12,13 @@ from hap_hf.curvature import Directions, Forward, Wanted, accumulation_dtype, gg
 from hap_hf.curvature.batch_loss import check_counts
 from hap_hf.curvature.hvp import listed
 from hap_hf.errors import CurvatureError
-from hap_hf.evidence.task import ScoringTask
+from hap_hf.evidence.evidence import Evidence
 from hap_hf.layers.projection import channel_dim, on_input
 
 
-def weighted_moments(task: ScoringTask, paths: Collection[str]) -> dict[str, Tensor]:
+def weighted_moments(
+    evidence: Evidence, paths: Collection[str], num_output_probes: int | None = 1
+) -> dict[str, Tensor]:
     r"""Return ``sum_t w_t z_t z_t^T`` for the inputs ``z_t = (x_t, 1)`` of some layers, over all their positions t.
 
     The weight is ``w_t = E ||dL/dx_t||^2`` with the vectors of the generalised Gauss-Newton matrix in place of the
@@ -29,36 +31,41 @@ def weighted_moments(task: ScoringTask, paths: Collection[str]) -> dict[str, Ten
     without weights.
 
     Args:
-        task: The model, the batches, and how they are computed.
+        evidence: The model, the batches, and how they are computed.
         paths: Names of linear layers and convolutions.
+        num_output_probes: Backward passes per batch; None for as many as there are outputs.
 
     Returns:
-        For each layer that was called, and whose input reaches the loss, the sums over the even and over the odd
-        samples, ``[2, inputs + 1, inputs + 1]``.
+        For each layer that was called, and whose input reaches the loss, the sums over the even and over the odd ones
+        of all samples, ``[2, inputs + 1, inputs + 1]``.
 
     Raises:
         BatchError: If there are no batches, or no loss terms in them.
         CurvatureError: If a derivative is not finite.
         UnsupportedModelError: As for :func:`~hap_hf.curvature.ggn.estimate_ggn`.
     """
-    model, config = task.model, task.config
+    model = evidence.model
     weights = {f"{path}.weight": model.get_submodule(path).get_parameter("weight") for path in paths}
-    directions = ggn_directions(task.signs, config.num_output_probes)
-    scale, seen, num_terms = task.loss_scale(weights), 0, 0
+    directions = ggn_directions(evidence.signs, num_output_probes)
+    scale, seen, num_terms = evidence.loss_scale(weights), 0, 0
     sums: dict[str, Tensor] = {}
-    with task.ready(weights, "compensation", "batch") as tick:
-        for index, batch in enumerate(task.samples()):
+    with evidence.ready(weights, "compensation", "batch") as tick:
+        for index, batch in enumerate(evidence.samples()):
             seen, num_terms = seen + 1, num_terms + batch.num_terms
             if batch.num_terms:
                 with _watched(model, paths) as read:
                     forward = Forward(model, batch, Wanted(weights, {}, squared), index)
                 found, scale = _position_weights(forward, directions, read, scale)
+                # With one sample a batch, as language models are often fed, the batches take turns.
+                parity = evidence.processes.number(index) % 2 if batch.num_samples == 1 else 0
                 for r, w in zip(read, found, strict=True):
-                    _add(sums, r, w)
+                    _add(sums, r, w, batch.num_samples, parity)
             tick()
-    counts = task.processes.summed("numbers of loss terms", {"counts": torch.tensor([seen, num_terms], device="cpu")})
+    counts = evidence.processes.summed(
+        "numbers of loss terms", {"counts": torch.tensor([seen, num_terms], device="cpu")}
+    )
     check_counts(*counts["counts"].tolist())
-    return task.processes.summed("layer inputs", sums)
+    return evidence.processes.summed("layer inputs", sums)
 
 
 @dataclass(frozen=True)
@@ -95,9 +102,9 @@ def _position_weights(
     """Return the weight of each position of each input, and the loss scale that did not overflow.
 
     Args:
-        forward: The batch.
-        directions: What to go back from.
-        read: The inputs.
+        forward: The forward pass in which the inputs were noted, with its graph.
+        directions: Yields where the backward passes of this forward pass start.
+        read: The inputs, at their places in the graph.
         scale: Loss scale to begin with.
 
     Returns:
@@ -113,6 +120,7 @@ def _position_weights(
             grads = torch.autograd.grad(targets, [r.x for r in read], starts, retain_graph=True, allow_unused=True)
             for total, r, grad in zip(found, read, grads, strict=True):
                 if grad is not None:
+                    # Unscaled before it is squared, which would double the exponent of the scale.
                     total += factor * (grad.to(total.dtype) / scale).square().sum(r.channels, keepdim=True)
         if all(torch.isfinite(w).all() for w in found):
             return [w.detach() for w in found], scale
@@ -125,11 +133,22 @@ def _position_weights(
         scale = max(scale / 4, 1.0)
 
 
-def _add(sums: dict[str, Tensor], read: _Read, weights: Tensor) -> None:
+def _add(sums: dict[str, Tensor], read: _Read, weights: Tensor, num_samples: int, parity: int) -> None:
+    """Add the moments of one call to those of even and of odd samples.
+
+    Args:
+        sums: Sums so far, by name of the layer.
+        read: The input of the call.
+        weights: Weight of each of its positions, in its shape with one channel.
+        num_samples: Number of samples in the batch.
+        parity: 0 if its first sample counts as even, 1 if as odd.
+    """
     x = read.x.detach().to(weights.dtype)
+    # Each z with the root of its weight, so that z z^T has the weight.
     z = torch.cat([x, torch.ones_like(weights)], read.channels) * weights.sqrt()
-    z = z.movedim(read.channels, -1)
-    # Even and odd samples; those of a single sample would leave one half without any.
-    halves = [z[half::2].flatten(0, -2) for half in (0, 1)]
-    moment = torch.stack([half.T @ half for half in halves])
+    z = z.movedim(read.channels, -1)  # [rows, ..., inputs + 1]
+    rows = max(len(z) // num_samples, 1)  # of the first dimension, for each sample
+    # By samples and not by positions: positions of one sample resemble each other, and one half would know the other.
+    halves = [z[torch.arange(len(z)) // rows % 2 == half] for half in (parity, 1 - parity)]
+    moment = torch.stack([half.flatten(0, -2).T @ half.flatten(0, -2) for half in halves])
     sums[read.path] = sums[read.path] + moment if read.path in sums else moment

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from hap_hf.layers.projection import IMPLANTED, is_projection, spatial_dims
-from hap_hf.layers.standardised import is_standardised
+from hap_hf.host import own_parameters
+from hap_hf.layers.projection import is_projection, known
 from hap_hf.names.group import Group, Role
 
 
@@ -36,28 +36,23 @@ def readers_of(model: nn.Module, groups: Iterable[Group]) -> list[Reader]:
 
     Args:
         model: The model that the groups were found in.
-        groups: Its groups.
+        groups: The groups whose units may go.
 
     Returns:
         Linear layers and ungrouped convolutions, without those that share a weight with other layers, which would get
         two answers, and those that standardise their weights.
     """
-    users = Counter(id(p) for module in model.modules() for p in module._parameters.values())
+    # By module and not by name: one module under two paths has one input and one answer.
+    users = Counter(id(p) for module in model.modules() for p in own_parameters(module).values())
     dims: dict[str, dict[str, int]] = defaultdict(dict)
     for group in groups:
         for s in group.slices:
             if s.role is Role.CONSUMER:
                 dims[s.tensor.rpartition(".")[0]][s.tensor] = s.dim
+    # A weight that is standardised in each forward pass would not act as it was fitted.
     return [
-        Reader(path, inputs, _takes_constant(module))
+        Reader(path, inputs, known(module).takes_constant(module))
         for path, inputs in dims.items()
-        if is_projection(module := model.get_submodule(path)) and not is_standardised(module)
+        if is_projection(module := model.get_submodule(path)) and known(module).fixed
         if all(users[id(model.get_parameter(name))] == 1 for name in inputs)
     ]
-
-
-def _takes_constant(module: nn.Module) -> bool:
-    if isinstance(module, IMPLANTED) or not isinstance(getattr(module, "bias", None), nn.Parameter):
-        return False
-    # Where a kernel reaches beyond the image, it reads zeros and no constant.
-    return not spatial_dims(module) or module.get_parameter("weight").shape[2:].numel() == 1

@@ -5,11 +5,11 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from hap_hf.config import HapConfig
-from hap_hf.names.amount import floor_share
-from hap_hf.names.footprint import footprint
+from hap_hf.names.actions import KEEP, PRUNE
+from hap_hf.names.amount import Amount, fewest_cut
+from hap_hf.names.currencies import Currency
 from hap_hf.names.group import Group
-from hap_hf.names.plan import KEEP, PRUNE, GroupPlan
+from hap_hf.names.plan import GroupPlan
 
 
 def near_threshold(values: Tensor, errors: Tensor, threshold: float) -> Tensor:
@@ -30,60 +30,58 @@ def near_threshold(values: Tensor, errors: Tensor, threshold: float) -> Tensor:
     return ((values - threshold).abs() <= 2 * errors) & (errors > 0)
 
 
-def expected_threshold(groups: Sequence[Group], values: Tensor, config: HapConfig) -> float:
+def expected_threshold(groups: Sequence[Group], values: Tensor, amount: Amount) -> float:
     """Return the sensitivity of the least sensitive unit above the cut, as far as scores alone tell.
 
-    All units are ranked together. For ``prune_ratio`` this is the threshold of the plan. For ``target_params`` and
-    ``target_macs`` it is that of removing the least sensitive units one by one until the rest fits; limits of groups,
-    ``round_to`` and the cost of implants are left to the plan.
+    All units are ranked together. For a share of the units this is the threshold of the plan. For a budget it is that
+    of removing the least sensitive units one by one until the rest fits; limits of groups, ``round_to`` and the cost of
+    implants are left to the plan.
 
     Args:
         groups: The groups whose units compete.
         values: Sensitivity of each unit, or that per cost, group after group, ``[num_units of all groups]``.
-        config: How much to cut.
+        amount: How much is to be left.
 
     Returns:
         The threshold.
     """
+    # Stable, as the ranking of the plan is, so that ties fall alike.
     ordered, order = torch.sort(values, stable=True)
-    if config.prune_ratio is not None:
-        cut = floor_share(config.prune_ratio * len(values))
-        return ordered[min(cut, len(values) - 1)].item()
-    owners = torch.repeat_interleave(torch.arange(len(groups)), torch.tensor([g.num_units for g in groups]))[order]
+    last = len(values) - 1
+    cut = amount.what.num_cut(amount.keep, len(values))
+    if cut is None:
+        owners = torch.repeat_interleave(torch.arange(len(groups)), torch.tensor([g.num_units for g in groups]))[order]
 
-    def left(cut: int) -> float:
-        gone = torch.bincount(owners[:cut], minlength=len(groups)).tolist()
-        plans = (GroupPlan(g, PRUNE * n + KEEP * (g.num_units - n)) for g, n in zip(groups, gone, strict=True))
-        rest = footprint(plans)
-        return rest.macs if config.target_params is None else rest.params
+        def left(cut: int) -> float:
+            # Which of a group's units go makes no difference to what they cost, only how many.
+            gone = torch.bincount(owners[:cut], minlength=len(groups)).tolist()
+            plans = [GroupPlan(g, PRUNE * n + KEEP * (g.num_units - n)) for g, n in zip(groups, gone, strict=True)]
+            return amount.what.cost(plans)
 
-    limit = (config.target_params or config.target_macs or 0.0) * left(0)
-    low, high = 0, len(values) - 1
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if left(middle) > limit else (low, middle)
-    return ordered[high].item()
+        cut = fewest_cut(left, amount.limit(groups), last)
+    return ordered[min(cut, last)].item()
 
 
-def few_undecided(groups: Sequence[Group], config: HapConfig) -> Callable[[Tensor, Tensor], bool] | None:
-    """Return the stop rule of ``config``.
+def few_undecided(
+    groups: Sequence[Group], amount: Amount, per: Currency | None, most: float
+) -> Callable[[Tensor, Tensor], bool]:
+    """Return a stop rule.
 
     Args:
         groups: The groups whose units compete.
-        config: How much to cut, and ``stop_share``.
+        amount: How much is to be left.
+        per: What sensitivities are divided by before they are compared; None for nothing.
+        most: Share of the units that may be undecided.
 
     Returns:
-        Whether less than ``stop_share`` of the units are undecided, given their sensitivities and standard errors; None
-        where there is no such rule.
+        Whether less than that share of the units are undecided, given their sensitivities and standard errors.
     """
-    share = config.stop_share
-    if share is None:
-        return None
-    costs = torch.tensor([g.unit_cost(config.per) for g in groups for _ in range(g.num_units)], dtype=torch.float64)
+    # [num_units of all groups]
+    costs = torch.tensor([per.unit_cost(g) if per else 1.0 for g in groups for _ in range(g.num_units)]).double()
 
-    def decided(values: Tensor, errors: Tensor) -> bool:
+    def is_decided(values: Tensor, errors: Tensor) -> bool:
         values, errors = values / costs, errors / costs
-        near = near_threshold(values, errors, expected_threshold(groups, values, config))
-        return near.double().mean().item() < share
+        near = near_threshold(values, errors, expected_threshold(groups, values, amount))
+        return near.double().mean().item() < most
 
-    return decided
+    return is_decided

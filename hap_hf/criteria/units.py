@@ -2,12 +2,12 @@
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 from functools import reduce
 
 import torch
 from torch import Tensor, nn
 
-from hap_hf.config import Coupling
 from hap_hf.criteria.sensitivity import unit_sensitivity
 from hap_hf.curvature import Marginals, accumulation_dtype
 from hap_hf.errors import UnsupportedModelError
@@ -16,6 +16,18 @@ from hap_hf.names.group import Group, Role, Slice
 EVERY_ROLE = frozenset(Role)
 PRODUCING = frozenset({Role.PRODUCER, Role.FACTOR})
 CONSUMING = frozenset({Role.CONSUMER})
+
+
+class Coupling(StrEnum):
+    """How a trace and a squared norm are combined where a unit has slices of several tensors."""
+
+    JOINT = "joint"
+    """All its weights are one vector: the trace times the norm of all, over the number of all."""
+    SUM = "sum"
+    """Each slice by itself, and the results added up: no slice's norm meets another's trace."""
+    FILTER = "filter"
+    """The paper's: as ``sum``, but only of the rows that produce the unit, not of what reads it."""
+
 
 Factors = Sequence[Sequence[Tensor]]
 """For each group and each of its slices a factor on the sum over each unit, ``[num_units]``."""
@@ -42,8 +54,8 @@ class UnitWeights:
         """Return the weights of ``groups`` in ``model``.
 
         Args:
-            model: The model.
-            groups: Its groups.
+            model: The model that holds the weights.
+            groups: Groups that were found in it.
             roles: Which of their matrices count.
 
         Returns:
@@ -55,6 +67,7 @@ class UnitWeights:
         if not groups:
             raise UnsupportedModelError("expected at least one group to score, got none; nothing could be removed")
         parameters = dict(model.named_parameters(remove_duplicate=False))
+        # Backwards, so that of the names of a tied weight the first one is left.
         first = {id(p): name for name, p in reversed(parameters.items())}
         tensors, names, every = {}, {}, []
         for group in groups:
@@ -64,6 +77,7 @@ class UnitWeights:
                 raise UnsupportedModelError(f"{group.name} has no weight matrix{which}, so its units cannot be scored")
             for s in slices:
                 parameter = parameters.get(s.tensor)
+                # Groups outlive the model they were found in: once it is pruned, they fit it no more.
                 if parameter is None or tuple(parameter.shape) != s.shape or not parameter.is_floating_point():
                     got = "none" if parameter is None else f"{list(parameter.shape)} of {parameter.dtype}"
                     raise UnsupportedModelError(
@@ -93,6 +107,7 @@ class UnitWeights:
         Returns:
             The sums by the matrix's name and the dimension left, ``[size]``.
         """
+        # Units lie one beside the other along their dimension: one sum over the others serves all units of all groups.
         return {
             (name, dim): values[name].sum([d for d in range(values[name].dim()) if d != dim])
             for name, dims in self.dims().items()
@@ -112,9 +127,9 @@ class UnitWeights:
         for group, slices in zip(self.groups, self.slices, strict=True):
             parts = []
             for s in slices:
-                marginal = marginals[self.names[s.tensor], s.dim]
+                marginal = marginals[self.names[s.tensor], s.dim]  # [..., size]
                 entries = marginal.narrow(-1, s.offset, group.num_units * s.width)
-                parts.append(entries.reshape(*entries.shape[:-1], group.num_units, s.width).sum(-1))
+                parts.append(entries.reshape(*entries.shape[:-1], group.num_units, s.width).sum(-1))  # [..., num_units]
             found.append(parts)
         return found
 
@@ -128,6 +143,7 @@ class UnitWeights:
         Returns:
             Sum for each unit of each group, ``[..., num_units of all groups]``.
         """
+        # Layers of one model may lie on several devices.
         device = next(iter(marginals.values())).device
         totals = []
         for index, parts in enumerate(self.slice_sums(marginals)):
@@ -135,17 +151,6 @@ class UnitWeights:
                 parts = [part * factor.to(part) for part, factor in zip(parts, factors[index], strict=True)]
             totals.append(reduce(torch.add, [part.to(device) for part in parts]))
         return torch.cat(totals, dim=-1)
-
-    def sums(self, values: Mapping[str, Tensor]) -> Tensor:
-        """Return the sums of a value for each weight over the units.
-
-        Args:
-            values: A tensor for each of the matrices, in its shape.
-
-        Returns:
-            Sum for each unit of each group, ``[num_units of all groups]``.
-        """
-        return self.totals(self.marginals(values))
 
     def by_group(self, vector: Tensor) -> dict[str, Tensor]:
         """Return the part of a vector over all units that belongs to each group.
@@ -175,6 +180,7 @@ class UnitWeights:
         Returns:
             For each group and each of its slices the squared norms, ``[num_units]``, float64 on the CPU.
         """
+        # Squares of small float16 weights would be zero.
         squares = {n: t.detach().to(accumulation_dtype(t.dtype)).square() for n, t in self.tensors.items()}
         return [[part.cpu().double() for part in parts] for parts in self.slice_sums(self.marginals(squares))]
 
@@ -191,8 +197,10 @@ class UnitWeights:
         for group, slices, norms in zip(self.groups, self.slices, self.squared_norms(), strict=True):
             entries = [s.entries_per_unit for s in slices]
             if coupling is Coupling.JOINT:
+                # The same factor for all slices: added up, their traces become the trace over the whole unit.
                 norms = [torch.stack(norms).sum(0)] * len(slices)
                 entries = [self.num_entries()[group.name]] * len(slices)
+            # The formula is linear in the trace, so that its value at 1 is the factor.
             one = torch.ones((), dtype=torch.float64, device="cpu")
             factors.append([unit_sensitivity(one, norm, n) for norm, n in zip(norms, entries, strict=True)])
         return factors

@@ -1,4 +1,4 @@
-"""What the loss of a batch must be before it is differentiated, and batches there must be."""
+"""Checks around derivatives: that a loss can be differentiated, and that there were batches with loss terms."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -21,6 +21,7 @@ def checked_loss(loss: object, batch: int) -> Tensor:
     Raises:
         CurvatureError: If it is no scalar tensor, not finite, or does not depend on the weights.
     """
+    # Autograd would refuse these too, but without the number of the batch, and what is infinite not at all.
     if not isinstance(loss, Tensor) or loss.dim():
         got = f"shape {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
         raise CurvatureError(f"batch {batch}: expected the loss to be a scalar tensor, got {got}")
@@ -64,7 +65,7 @@ def check_counts(num_batches: int, num_terms: int) -> None:
     Raises:
         BatchError: If either is zero.
     """
-    if num_batches == 0:
+    if num_batches == 0:  # first, as no batches have no terms either
         raise BatchError("expected at least one batch, got none; was the iterator used up? Pass a list or a DataLoader")
     if num_terms == 0:
         raise BatchError(f"expected loss terms in the batches, got {num_batches} with none; are all labels -100?")

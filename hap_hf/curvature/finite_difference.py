@@ -61,6 +61,7 @@ class FiniteDifference:
         self.changed = changed
         resolution = max(resolution, *(torch.finfo(t.dtype).eps for t in tensors.values()))
         self.relative_step = _STEP * resolution ** (1 / 3)
+        # At the weights as they are, so that a bad loss is not blamed on a step.
         with torch.enable_grad():
             checked_loss(loss_of_batch(), index)
 
@@ -74,9 +75,10 @@ class FiniteDifference:
             The product, by name.
         """
         length = _norm(vector)
-        if not length:
+        if not length:  # H 0 = 0, while the step would be divided by zero
             return unscaled({}, self.tensors)
         step = self.relative_step * (_norm(self.tensors) or 1.0) / length
+        # Both points are computed from a copy and the copy is put back: w + e v - e v is not w after rounding.
         saved = {name: t.detach().clone() for name, t in self.tensors.items()}
         try:
             ahead = self._gradient_at(saved, vector, step)
@@ -98,6 +100,7 @@ class FiniteDifference:
         self.scale = scale
 
     def _gradient_at(self, saved: Mapping[str, Tensor], vector: Mapping[str, Tensor], step: float) -> dict[str, Tensor]:
+        """Return the gradient at the weights ``saved + step * vector``, still with the loss scale."""
         with torch.no_grad():
             for name, t in self.tensors.items():
                 t.copy_(saved[name]).add_(vector[name], alpha=step)

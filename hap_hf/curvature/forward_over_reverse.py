@@ -29,7 +29,7 @@ class ForwardOverReverse:
         loss_of_batch: Runs ``model`` and returns its mean loss, the same each time that it is called.
         tensors: Parameters of ``model``, by name, that require gradients.
         scale: Loss scale.
-        model: The model.
+        model: The model that ``loss_of_batch`` runs; other weights are passed to it, its own stay.
         changed: Called before the model runs with other weights, and after.
 
     Raises:
@@ -95,9 +95,11 @@ class ForwardOverReverse:
             # torch.func itself calls torch.jit.script the first time that a dual number is made
             warnings.simplefilter("ignore", FutureWarning)
             warnings.simplefilter("ignore", DeprecationWarning)
+            # Weights w + e v with e^2 = 0: whatever is computed from them carries its derivative along v.
             duals = {n: forward_ad.make_dual(t, vector[n]) for n, t in self.tensors.items()}  # type: ignore[no-untyped-call]
             loss = functional_call(self.run, {f"model.{name}": dual for name, dual in duals.items()}, ())
             gradient = plain_gradient(loss, duals, self.scale)
+            # The gradient is g(w + e v) = g(w) + e H v. No tangent where it does not depend on the weights.
             found = {n: forward_ad.unpack_dual(g).tangent for n, g in gradient.items()}  # type: ignore[no-untyped-call]
         tangents = {name: None if t is None else t.detach() for name, t in found.items()}
         return unscaled(tangents, self.tensors, self.scale)

@@ -23,6 +23,7 @@ from hap_hf.errors import UnsupportedModelError
 SignSource = Callable[[Mapping[str, Tensor], int, int], Mapping[str, Tensor]]
 """Draws a sign for every entry of some tensors, given the index of a batch and of a probe."""
 
+# Each is a backward pass for every batch; the outputs of a language model are far more.
 _MOST_COLUMNS = 4096
 
 
@@ -71,7 +72,8 @@ def estimate_ggn(
         model: The model, ready for derivatives: see :func:`~hap_hf.model.state.preserved`.
         batches: The batches. Those without loss terms are skipped.
         wanted: The weights, and what is asked of their gradients.
-        reduce: Makes of that a number for each sample and block; squares of it, where it should be a second moment.
+        reduce: Turns that into a number for each sample and block. For a second moment of something linear, as of
+            gradients times weights, it squares that itself.
         signs: Source of signs; :func:`~hap_hf.curvature.probes.rademacher` with a seed.
         num_probes: Backward passes for each batch, with signs of their own; None for one a column of S_t, exactly.
         loss_scale: Scale of the gradients at first, a power of two above 1 for float16, and divided out again. If
@@ -126,7 +128,7 @@ def estimate_fisher(
         model: As for :func:`estimate_ggn`, and so are all others.
         batches: The batches, of any loss that is a mean of terms of single samples.
         wanted: The weights, and what is asked of their gradients.
-        reduce: Makes of that a number for each sample and block.
+        reduce: Turns that into a number for each sample and block.
         loss_scale: Scale of the gradients at first.
         on_batch: Called after every batch.
         total: Makes sums over all batches out of those over ``batches``.
@@ -142,20 +144,25 @@ def estimate_fisher(
 
 
 def _loss_gradient(forward: Forward) -> Iterator[Direction]:
+    """Yield the one direction that stands for the gradient of the summed loss terms."""
     yield 1.0, None
 
 
 def _signed(signs: SignSource, num_probes: int, forward: Forward) -> Iterator[Direction]:
+    """Yield v = S e for independent random signs e, each to count by one over the number of them."""
     coefficients = {str(i): root.coefficients for i, root in enumerate(forward.roots)}
     for probe in range(num_probes):
+        # Samples that are computed alone must not share signs, which would make their noise add up.
         drawn = signs(coefficients, forward.index, forward.sample * num_probes + probe)
         yield 1 / num_probes, [root.apply(drawn[str(i)]) for i, root in enumerate(forward.roots)]
 
 
 def _columns(forward: Forward) -> Iterator[Direction]:
+    """Yield the columns of S in turn, whose gradients have exactly the second moment that signs have on average."""
     rest = [root.coefficients.numel() % forward.num_samples for root in forward.roots]
     if any(rest):
         raise NotPerSampleError("the model's outputs do not lie along a first dimension of samples")
+    # Samples do not meet in a gradient, so one pass takes the i-th column of all of them.
     num_columns = sum(root.coefficients.numel() for root in forward.roots) // forward.num_samples
     if num_columns > _MOST_COLUMNS:
         raise UnsupportedModelError(
@@ -164,4 +171,5 @@ def _columns(forward: Forward) -> Iterator[Direction]:
         )
     for i, root in enumerate(forward.roots):
         for column in root.columns(forward.num_samples):
+            # Outputs one after the other: H has no block between two of them.
             yield 1.0, [column if k == i else torch.zeros_like(z) for k, z in enumerate(forward.outputs)]

@@ -172,10 +172,12 @@ def estimate_traces(
         BatchError: If there are no batches, or no loss terms in them.
         CurvatureError: If a loss or a product is not finite, or the loss does not depend on the weights.
     """
+    # An iterator would be used up when the batches are gone through anew.
     batches = list(losses) if enough is not None and isinstance(losses, Iterator) else losses
-    moments: dict[int, _Moments] = {}
+    moments: dict[int, _Moments] = {}  # by batch, over all probes so far
     drawn = 0
     while True:
+        # Doubling: few looks, as each is a chance to stop by luck, and at most half of the probes are too many.
         until = num_probes if enough is None else min(max(2 * drawn, _FIRST_LOOK), num_probes)
         sums: dict[str, Tensor] = {}
         num_batches = num_terms = seen = 0
@@ -185,15 +187,18 @@ def estimate_traces(
                 continue
             derivatives = curvature(index, loss_of_batch, tensors, loss_scale)
             own = moments.setdefault(index, _Moments())
+            # Numbers of probes go on where they stopped, so the signs are those of a single run to the end.
             for probe in range(drawn, until):
                 own.add(_sample(derivatives, index, reduce, probes(index, probe)))
                 on_probe()
             loss_scale = derivatives.scale
             sums["trace"] = sums.get("trace", 0) + terms * own.mean.cpu().double()
+            # The variance of a mean of n probes: their variance, squares / (n - 1), over n.
             sums["variance"] = sums.get("variance", 0) + terms**2 * own.squares.cpu().double() / (until - 1) / until
             num_batches += 1
             num_terms += terms
             del derivatives  # frees its graph before the next one is built
+        # Sums, not means, so that processes with different numbers of terms can add theirs; divided only afterwards.
         whole = total({**sums, "counts": torch.tensor([seen, num_batches, num_terms], device="cpu")})
         seen, num_batches, num_terms = whole["counts"].tolist()
         check_counts(seen, num_terms)
@@ -220,6 +225,7 @@ class _Moments:
         self.count += 1
         deviation = sample - self.mean
         self.mean = self.mean + deviation / self.count
+        # The deviation from the old mean times that from the new one. A sum of squares less a squared sum would cancel.
         self.squares = self.squares + deviation * (sample - self.mean)
 
 
@@ -237,4 +243,5 @@ def _sample(derivatives: Curvature, batch: int, reduce: Reduce, probe: Mapping[s
                 f"batch {batch}: expected finite second derivatives, got NaN or infinities in "
                 f"{listed(culprits) or 'sums over units'}; look for extreme weights or inputs, or score in fp32"
             )
+        # The same probe again: leaving out those that overflow would leave out the largest samples.
         derivatives.rescale(max(derivatives.scale / 4, 1.0))

@@ -33,6 +33,7 @@ def plain_gradient(
     Raises:
         CurvatureError: If the loss uses none of the tensors.
     """
+    # Widened first: a loss in float16 times its scale overflows.
     scaled = loss.to(accumulation_dtype(loss.dtype)) * scale
     # grad() and not backward(create_graph=True): nothing is stored in .grad, so there is no reference cycle
     found = torch.autograd.grad(scaled, list(tensors.values()), create_graph=create_graph, allow_unused=True)
@@ -103,6 +104,7 @@ def hvp(
         CurvatureError: If a part of the model has no second derivative.
         RuntimeError: If the backward pass fails for another reason.
     """
+    # A gradient without a graph is constant, as where the loss is linear in a weight: its rows of H are zero.
     curved = [name for name, g in gradient.items() if g.requires_grad]
     products: tuple[Tensor | None, ...] = (None,) * len(tensors)
     if curved:
@@ -138,6 +140,7 @@ def unscaled(
     for name, t in tensors.items():
         derivative = found.get(name)
         wide = torch.zeros_like(t).detach() if derivative is None else derivative
+        # The scale lifts small values above float16's smallest; it may only be taken out of the wider dtype.
         wide = wide.to(accumulation_dtype(t.dtype))
         result[name] = wide if scale == 1 else wide / scale
     return result
@@ -159,7 +162,7 @@ def listed(names: Sequence[str], most: int = 3) -> str:
     """Return the first few names and how many more there are, for messages.
 
     Args:
-        names: The names.
+        names: The names, all of them.
         most: How many to spell out.
 
     Returns:

@@ -12,10 +12,12 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.utils.hooks import RemovableHandle
 
-from hap_hf.curvature.hvp import accumulation_dtype
+from hap_hf.curvature.graph import not_a_view, reached_otherwise
+from hap_hf.curvature.hvp import accumulation_dtype, listed
 from hap_hf.curvature.layers import MatrixCall, NotPerSampleError, multiplies_by_matrix
 from hap_hf.curvature.marginals import Statistic, chunks, marginals
 from hap_hf.curvature.replay import ReplayedCall
+from hap_hf.host import own_parameters
 
 Marginals = dict[tuple[str, int], Tensor]
 """A statistic of each sample's gradient, by the name of the weight and one of its dimensions, ``[samples, size]``."""
@@ -71,7 +73,7 @@ class _Seen:
     call: MatrixCall | ReplayedCall
     attributes: Mapping[str, str]  # of the module, by the name of the weight
     output: GradientEdge
-    num_output_rows: int
+    output_shape: torch.Size
     output_dtype: torch.dtype
 
 
@@ -98,7 +100,7 @@ class LayerWatch:
         """Hang up the hooks."""
         names = {id(t): name for name, t in self.wanted.tensors.items()}
         for module in self.model.modules():
-            attributes = {names[id(p)]: a for a, p in module._parameters.items() if id(p) in names}
+            attributes = {names[id(p)]: a for a, p in own_parameters(module).items() if id(p) in names}
             if attributes:
                 hook = partial(self._record, attributes)
                 self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
@@ -115,7 +117,7 @@ class LayerWatch:
         """Remember the calls inside the block, and forget all others.
 
         Yields:
-            Nothing.
+            Nothing; the calls are kept until the next recording.
         """
         self._calls, self._obstacle, self._recording = [], None, True
         try:
@@ -126,6 +128,7 @@ class LayerWatch:
     def _record(
         self, attributes: Mapping[str, str], module: nn.Module, args: tuple[Any, ...], kwargs: Any, output: Any
     ) -> None:
+        # Without a graph no path to the loss leads through this call.
         if not self._recording or (isinstance(output, Tensor) and not output.requires_grad):
             return
         try:
@@ -140,8 +143,10 @@ class LayerWatch:
             self._obstacle = obstacle
             return
         # The edge and the hook stay with this value, also when an activation overwrites the tensor in place.
-        self._calls.append(_Seen(call, attributes, get_gradient_edge(output), output.shape[0], output.dtype))
-        register: Callable[[Callable[[Tensor], None]], object] = output.register_hook
+        value = not_a_view(output) if isinstance(call, MatrixCall) else output
+        edge = get_gradient_edge(value)
+        self._calls.append(_Seen(call, attributes, edge, output.shape, output.dtype))
+        register: Callable[[Callable[[Tensor], None]], object] = value.register_hook
         register(partial(self._pass_on, len(self._calls) - 1))
 
     @property
@@ -151,8 +156,9 @@ class LayerWatch:
         return 0.1 if half else 1e-3
 
     def _pass_on(self, index: int, grad: Tensor) -> None:
+        """Take the gradient of a recorded output, as autograd reaches it on its way to the sources."""
         if self._on_gradient is not None:
-            self._on_gradient(index, grad)
+            self._on_gradient(index, grad.reshape(self._calls[index].output_shape))
 
     def marginals(self, num_samples: int, targets: Sequence[Tensor], vectors: Sequence[Tensor]) -> Marginals:
         """Return the statistic of the gradient of ``sum_k <targets_k, vectors_k>`` for each sample.
@@ -166,21 +172,29 @@ class LayerWatch:
             The sums, zero for weights that the targets do not depend on.
 
         Raises:
-            NotPerSampleError: If a recorded call cannot be split into the samples.
+            NotPerSampleError: If a recorded call cannot be split into the samples, or the targets depend on a weight
+                in a way that was not recorded.
         """
         if self._obstacle is not None:
             raise self._obstacle
         for seen in self._calls:
-            if seen.call.num_rows % num_samples or seen.num_output_rows % num_samples:
+            if seen.call.num_rows % num_samples or seen.output_shape[0] % num_samples:
                 raise NotPerSampleError(
                     f"a {type(seen.call.module).__name__} has {seen.call.num_rows} rows for {num_samples} samples"
                 )
+        # What follows is right only if each path to a weight crosses an output of a recorded call of its own.
+        crossed = [(seen.output, seen.attributes) for seen in self._calls]
+        if missed := reached_otherwise(targets, self.wanted.tensors, crossed):
+            raise NotPerSampleError(
+                f"{listed(missed)} is used outside its layer, or that layer's output was overwritten in place"
+            )
         uses = Counter(name for seen in self._calls for name in seen.attributes)
         found = self.wanted.zeros(num_samples)
-        later: dict[int, Tensor] = {}
+        later: dict[int, Tensor] = {}  # by call; all other gradients are reduced at once and need not be kept
 
         def arrived(index: int, grad: Tensor) -> None:
             call, attributes = self._calls[index].call, self._calls[index].attributes
+            # A statistic need not be linear: (a + b)^2 is not a^2 + b^2, so gradients of several uses are added first.
             if isinstance(call, ReplayedCall) or any(uses[name] > 1 for name in attributes):
                 later[index] = grad
                 return
@@ -201,10 +215,11 @@ class LayerWatch:
         return found
 
     def _sources(self) -> list[GradientEdge]:
-        """Return where all backward paths through the recorded calls end."""
+        """Return where all backward paths through the recorded calls end: gradients asked for here pass all of them."""
         sources: list[GradientEdge] = []
         ahead: list[Node | None] = []
         for seen in self._calls:
+            # Where the input has a graph, the path goes on to an earlier call and passes this one on the way.
             if seen.call.reads_graph:
                 ahead.append(seen.output.node)
             else:
@@ -241,6 +256,7 @@ class LayerWatch:
                     gradients = call.sample_gradients(
                         [attributes[n] for n in names], grads[index], num_samples, samples
                     )
+                    # [samples, *shape] of each weight
                     totals = gradients if totals is None else [a + b for a, b in zip(totals, gradients, strict=True)]
                 for name, total in zip(names, totals or (), strict=True):
                     for key, sums in self.wanted.of_gradients(name, total).items():

@@ -5,25 +5,15 @@ from math import prod
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from hap_hf.curvature.hvp import accumulation_dtype
 from hap_hf.curvature.marginals import Statistic, chunks, marginals, squared
-
-_PLAIN = {nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear, nn.Conv2d}
-# Of libraries that are not imported: GPT-2's transposed linear layer, timm's linear layer that knows TorchScript, and
-# timm's convolution that pads as TensorFlow does.
-_CONV1D = ("transformers.pytorch_utils", "Conv1D")
-_TIMM_LINEAR = ("timm.layers.linear", "Linear")
-_CONV2D_SAME = ("timm.layers.conv2d_same", "Conv2dSame")
+from hap_hf.layers.kind import kind_of
+from hap_hf.layers.projection import known
 
 
 class NotPerSampleError(Exception):
     """A call of a layer cannot be split into samples. Caught inside the package, which knows a slower way."""
-
-
-def _origin(module: nn.Module) -> tuple[str, str]:
-    return type(module).__module__, type(module).__name__
 
 
 def multiplies_by_matrix(module: nn.Module) -> bool:
@@ -33,10 +23,10 @@ def multiplies_by_matrix(module: nn.Module) -> bool:
         module: Any module.
 
     Returns:
-        True for ``nn.Linear``, ``nn.Conv2d``, transformers' ``Conv1D`` and timm's ``Linear`` and ``Conv2dSame``.
+        Whether its kind says what its weight is multiplied with.
     """
-    # Exact types: a subclass may compute something else with the weight (adapters, standardised weights).
-    return type(module) in _PLAIN or _origin(module) in {_CONV1D, _TIMM_LINEAR, _CONV2D_SAME}
+    kind = kind_of(module)
+    return kind is not None and kind.knows_rows(module)
 
 
 class MatrixCall:
@@ -66,9 +56,11 @@ class MatrixCall:
     def __init__(self, module: nn.Module, x: Tensor) -> None:
         self.module, self.x, self.reads_graph = module, x.detach(), x.requires_grad
         self.weight = module.get_parameter("weight")
-        self.groups = module.groups if isinstance(module, nn.Conv2d) else 1
-        self.output_dim = int(_origin(module) == _CONV1D)
-        if x.dim() != 4 if isinstance(module, nn.Conv2d) else x.dim() < 2:
+        self.kind = known(module)
+        self.groups = max(self.kind.num_groups(module), 1)
+        self.output_dim = self.kind.output_dim(module)
+        spatial = self.kind.spatial_dims
+        if x.dim() != 2 + spatial if spatial else x.dim() < 2:
             raise NotPerSampleError(f"a {type(module).__name__} was called with an input of shape {list(x.shape)}")
 
     @property
@@ -94,7 +86,7 @@ class MatrixCall:
         found = []
         for attribute in attributes:
             if attribute == "bias":
-                found.append(G.sum(2).flatten(1))
+                found.append(G.sum(2).flatten(1))  # [samples, groups * outputs]
             else:
                 gradient = G.mT @ A  # [samples, groups, outputs, inputs]
                 found.append(gradient[:, 0].mT if self.output_dim else gradient.view(-1, *self.weight.shape))
@@ -118,8 +110,10 @@ class MatrixCall:
         parameter = self.module.get_parameter(attribute)
         outputs, inputs = self._matrix_shape
         positions = grad.numel() // max(num_samples * self.groups * outputs, 1)
+        # Multiplications of both ways, see the class. A dimension of taps has no closed form.
         by_gram = len(dims) * positions * (inputs + outputs) < inputs * outputs
         closed = attribute == "weight" and set(dims) <= {0, 1} and (by_gram or statistic is not squared)
+        # What a sample takes: A and G, as much for products of their shapes, and a Gram matrix or a gradient.
         largest = min(positions**2, inputs * outputs) if closed else inputs * outputs
         numbers = self.groups * (2 * positions * (inputs + outputs) + largest)
         parts = []
@@ -136,6 +130,7 @@ class MatrixCall:
         result = {}
         for dim in dims:
             of_rows = dim == self.output_dim
+            # Rows of the gradient go with outputs, columns with inputs; everything else is symmetric in A and G.
             one, other = (G, A) if of_rows else (A, G)
             if statistic is squared:
                 # A sum of squares, which rounding may leave a little below zero.
@@ -147,6 +142,7 @@ class MatrixCall:
             # [samples, groups, outputs] or [samples, groups, inputs], the inputs of a convolution with its taps
             taps = 1 if of_rows else prod(self.weight.shape[2:])
             values = values.view(*values.shape[:2], -1, taps).sum(3)
+            # Each group has outputs of its own, but the weight counts inputs from zero in every group.
             result[dim] = values.flatten(1) if of_rows else values.sum(1)
         return result
 
@@ -163,27 +159,15 @@ class MatrixCall:
         dtype = accumulation_dtype(self.weight.dtype)
         x, grad = self.x[chosen].to(grad.device, dtype), grad[chosen].to(dtype)
         count = samples.stop - samples.start
-        if not isinstance(self.module, nn.Conv2d):
+        if not self.kind.spatial_dims:
             return x.reshape(count, 1, -1, x.shape[-1]), grad.reshape(count, 1, -1, grad.shape[-1])
-        patches = _patches(self.module, x, grad.shape[2:])  # [rows of the samples, channels * taps, T of a row]
+        patches = self.kind.rows(self.module, x, grad.shape[2:])  # [rows of the samples, channels * taps, T of a row]
+        if patches is None:
+            raise NotPerSampleError(f"what a {type(self.module).__name__} multiplies its weight with is not known")
         return self._by_sample(patches, count), self._by_sample(grad.flatten(2), count)
 
     def _by_sample(self, columns: Tensor, count: int) -> Tensor:
+        """Return ``[rows, groups * features, positions]`` as ``[samples, groups, T, features]``."""
         split = columns.reshape(count, columns.shape[0] // count, self.groups, -1, columns.shape[2])
+        # A sample's T positions are those of all its rows, as the crops of an image or the choices of a question.
         return split.permute(0, 2, 1, 4, 3).flatten(2, 3)
-
-
-def _patches(conv: nn.Conv2d, x: Tensor, output_size: Sequence[int]) -> Tensor:
-    """Return the patch of ``x`` at each output position, ``[rows, channels * taps, positions]``."""
-    if _origin(conv) == _CONV2D_SAME:
-        pads: list[int] = []
-        for size, out, k, s, d in zip(
-            x.shape[2:], output_size, conv.kernel_size, conv.stride, conv.dilation, strict=True
-        ):
-            total = max((out - 1) * s + (k - 1) * d + 1 - size, 0)
-            pads = [total // 2, total - total // 2, *pads]  # functional.pad begins with the last dimension
-        x = functional.pad(x, pads)
-    else:
-        mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
-        x = functional.pad(x, conv._reversed_padding_repeated_twice, mode=mode)
-    return functional.unfold(x, conv.kernel_size, dilation=conv.dilation, stride=conv.stride)

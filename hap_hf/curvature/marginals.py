@@ -49,6 +49,7 @@ def marginals(gradients: Tensor, parameter: Tensor, dims: Collection[int], stati
         The sums by dimension, ``[samples, shape[dim]]``.
     """
     values = statistic(gradients, parameter)
+    # [samples, shape[d]]; dimension d of the parameter comes behind that of the samples
     return {d: values.movedim(d + 1, 1).flatten(2).sum(2) if values.dim() > 2 else values for d in dims}
 
 

@@ -78,6 +78,7 @@ def output_roots(loss: Tensor, outputs: Mapping[str, Tensor]) -> dict[str, Outpu
             "expected a loss with curvature in the model's outputs, got one that is linear in them; use "
             "method='taylor' or 'magnitude'"
         )
+    # Gaussian, so that no wrong kind of block fits by accident; ones alone are sent to zero by any softmax's block.
     generator = seeded_generator("output roots")
     gaussian = {
         name: torch.randn(z.shape, generator=generator, device="cpu").to(z.device, z.dtype)
@@ -93,7 +94,9 @@ def output_roots(loss: Tensor, outputs: Mapping[str, Tensor]) -> dict[str, Outpu
 
 def _root(z: Tensor, v: Tensor, product: Tensor, sums: Tensor, blocks: Callable[[], Tensor]) -> OutputRoot:
     """Return the root of the first kind that ``product``, H v, fits."""
-    if _close(sums * v, product, v, z.dtype):
+    # A diagonal H is H 1, so H v = (H 1) * v; any entry beside the diagonal breaks this for a Gaussian v.
+    # Relative to H v alone: where all softmaxes are saturated, next to nothing is close to anything.
+    if _close(sums * v, product, torch.zeros_like(v), z.dtype):
         return _elementwise(sums)
     logits, v, product = (_classes_last(x) for x in (z, v, product))
     num_classes = logits.shape[-1]
@@ -105,6 +108,7 @@ def _root(z: Tensor, v: Tensor, product: Tensor, sums: Tensor, blocks: Callable[
         p = logits.cpu().double().softmax(-1)
         return _eigen(weights.cpu()[..., None, None] * (torch.diag_embed(p) - p[..., None] * p[..., None, :]), z)
     if few and num_classes <= _MOST_PRODUCTS:
+        # The blocks are all of H only if they give the product with v: terms that read two positions would not.
         found = blocks()
         if _close((found @ v.to(found.dtype)[..., None])[..., 0], product, v, z.dtype):
             return _eigen(found.cpu().double(), z)
@@ -115,6 +119,7 @@ def _root(z: Tensor, v: Tensor, product: Tensor, sums: Tensor, blocks: Callable[
 
 
 def _elementwise(diagonal: Tensor) -> OutputRoot:
+    """Return the root of a diagonal Hessian: one column an entry."""
     root = _rooted(diagonal)
     return OutputRoot(lambda e: root * e, torch.zeros_like(root))
 
@@ -125,6 +130,7 @@ def _softmax_weights(logits: Tensor, v: Tensor, product: Tensor) -> Tensor | Non
     v = v.to(product.dtype)
     of_softmax = p * v - p * (p * v).sum(-1, keepdim=True)
     squares = of_softmax.square().sum(-1)
+    # H v = w of_softmax at each position, in least squares: w is the one factor that is not known.
     # A saturated softmax leaves nothing to divide by, and weighs nothing.
     weights = (product * of_softmax).sum(-1) / squares.clamp_min(torch.finfo(squares.dtype).tiny)
     weights = weights.clamp_min(0)  # a loss that is concave in its logits must not pass
@@ -132,11 +138,13 @@ def _softmax_weights(logits: Tensor, v: Tensor, product: Tensor) -> Tensor | Non
 
 
 def _softmax(weights: Tensor, logits: Tensor) -> OutputRoot:
+    """Return the root of ``w (diag(p) - p p^T)`` with a column for each class, which takes no decomposition."""
     p = logits.to(weights.dtype).softmax(-1)
     root_p, root_w = p.sqrt(), weights.sqrt()[..., None]
 
     def apply(e: Tensor) -> Tensor:
         chosen = root_p * e
+        # The sum over c of e_c sqrt(w p_c) (e_c - p), in one pass over the classes.
         return root_w * (chosen - p * chosen.sum(-1, keepdim=True))
 
     return OutputRoot(apply, torch.zeros_like(p))
@@ -146,6 +154,7 @@ def _blocks(gradient: Mapping[str, Tensor], outputs: Mapping[str, Tensor], name:
     """Return the blocks of one output's Hessian, ``[*positions, classes, classes]``, if it has no entries elsewhere."""
     columns = []
     for c in range(_classes_last(outputs[name]).shape[-1]):
+        # One class of all positions: as positions do not meet in H, this is column c of every block.
         vectors = {n: torch.zeros_like(z) for n, z in outputs.items()}
         _classes_last(vectors[name])[..., c] = 1
         columns.append(_classes_last(hvp(gradient, outputs, vectors)[name]))
@@ -153,6 +162,7 @@ def _blocks(gradient: Mapping[str, Tensor], outputs: Mapping[str, Tensor], name:
 
 
 def _eigen(blocks: Tensor, z: Tensor) -> OutputRoot:
+    """Return the root of blocks as their eigenvectors times the square roots of their eigenvalues."""
     values, vectors = torch.linalg.eigh((blocks + blocks.mT) / 2)
     root = vectors * _rooted(values)[..., None, :]
     # A block of a softmax has one eigenvalue of zero: a column, and a backward pass, less.
@@ -167,7 +177,7 @@ def _rooted(values: Tensor) -> Tensor:
     Raises:
         UnsupportedModelError: If some are, beyond rounding.
     """
-    if values.amin() < -1e-2 * values.abs().amax():
+    if values.amin() < -max(1e-2 * values.abs().amax().item(), 1e-10):  # of next to nothing, rounding is a large share
         raise UnsupportedModelError(
             "expected a loss that is convex in the model's outputs, got one with negative curvature; use "
             "method='hessian'"

@@ -15,7 +15,7 @@ def recorded_outputs(model: nn.Module) -> Generator[list[Tensor], None, None]:
     """Collect the tensors that every call of ``model`` inside the block returns.
 
     Args:
-        model: The model.
+        model: The model; calls of modules inside it do not count.
 
     Yields:
         A list that grows with every call.
@@ -70,6 +70,7 @@ def last_before_loss(loss: Tensor, candidates: Sequence[Tensor], weights: Mappin
     ahead: list[tuple[Node | None, int]] = [(loss.grad_fn, 0)]
     while ahead:
         node, number = ahead.pop()
+        # A path ends at the first candidate that it meets, so hidden states behind the logits are not hit.
         if (node, number) in ends:
             hits.add(ends[node, number])
         elif node is not None and node not in seen:

@@ -45,7 +45,7 @@ def rademacher(tensors: Mapping[str, Tensor], seed: int, batch: int, probe: int)
     """
     generator = seeded_generator(seed, batch, probe)
     signs = {}
-    for name in sorted(tensors):
+    for name in sorted(tensors):  # one stream for all, so the order must not be that of a dictionary
         like = tensors[name]
         words = torch.empty(-(-like.numel() // 64), dtype=torch.int64, device="cpu")
         words.random_(-(2**63), None, generator=generator)  # without bounds the highest bit would always be 0

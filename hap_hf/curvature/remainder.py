@@ -1,4 +1,4 @@
-"""What the Hessian has beside the Gauss-Newton matrix, as the Hessian of a loss of its own."""
+"""The part of the Hessian that the Gauss-Newton matrix leaves out, as the Hessian of another loss."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
@@ -34,7 +34,7 @@ class LinearisedLosses:
     Computation, 2002, for the decomposition.
 
     Args:
-        model: The model.
+        model: The model that the losses run; its outputs are recorded while they do.
         losses: The losses of batches, as functions that run the model.
         tensors: Weights, by name, that require gradients.
         loss_scale: Loss scale at first, a power of two above 1 for float16, so that c does not vanish. It is lowered
@@ -75,15 +75,19 @@ class _Linearised:
         with recorded_outputs(self.owner.model) as found:
             loss = checked_loss(self.loss(), self.index)
         outputs = last_before_loss(loss, found, self.owner.tensors)
+        # Kept from the first call: differences move the weights between calls, and c must not move with them.
         if self.slopes is None:
             self.slopes = self._slopes(loss, outputs)
+        # In the dtype of c: half precision would not hold a sum over all outputs of a batch.
         products = [(c * z.to(c.dtype)).sum() for c, z in zip(self.slopes, outputs, strict=True)]
         return torch.stack(products).sum()
 
     def _slopes(self, loss: Tensor, outputs: list[Tensor]) -> list[Tensor]:
+        """Return the gradient c of the loss with respect to the outputs, as constants."""
         scale = self.owner.loss_scale
         wide = loss.to(accumulation_dtype(loss.dtype))
         while True:
+            # The graph is kept for another attempt at a lower scale.
             found = torch.autograd.grad(wide * scale, outputs, retain_graph=True)
             slopes = [c.to(accumulation_dtype(c.dtype)) / scale for c in found]
             if all(torch.isfinite(c).all() for c in slopes):

@@ -5,10 +5,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from hap_hf.curvature.hvp import accumulation_dtype
 from hap_hf.curvature.layers import NotPerSampleError
+from hap_hf.host import tree_flatten, tree_unflatten
 
 
 class ReplayedCall:
@@ -18,7 +18,7 @@ class ReplayedCall:
     faster than the whole model a sample.
 
     Args:
-        module: The module.
+        module: The module, whose forward is called again without its hooks.
         args: Its arguments. One of them or of ``kwargs`` is a tensor, in which each sample has as many consecutive
             rows of the first dimension.
         kwargs: Its keyword arguments.

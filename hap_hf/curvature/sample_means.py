@@ -1,4 +1,4 @@
-"""Means of what per-sample gradients tell, with their standard errors."""
+"""Means over samples of statistics of their gradients, with standard errors."""
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -43,10 +43,10 @@ class SampleBatch:
 
 @dataclass(frozen=True)
 class SampleEstimate:
-    """A mean over loss terms of numbers that samples have.
+    """A mean over loss terms, to which each sample contributes a number for each block.
 
     Args:
-        mean: Sum over all samples by number of loss terms, ``[num_blocks]``, float64 on the CPU.
+        mean: Sum over all samples divided by the number of loss terms, ``[num_blocks]``, float64 on the CPU.
         standard_error: Its standard error, ``[num_blocks]``, from the spread over the samples: how much other samples
             and other random signs would change it. Infinite for a single sample.
         num_batches: Number of batches with loss terms.
@@ -65,8 +65,8 @@ class Forward:
     """The loss of a batch, or of one sample alone, with its graph.
 
     Args:
-        model: The model.
-        batch: The batch.
+        model: The model that the batch's loss runs.
+        batch: The batch, computed once here.
         wanted: The weights that the loss depends on.
         index: Index of the batch.
         sample: Index of the sample; 0 for a whole batch.
@@ -77,6 +77,7 @@ class Forward:
         self.num_samples, self.num_terms = batch.num_samples, batch.num_terms
         with recorded_outputs(model) as self._found, torch.enable_grad():
             loss = checked_loss(batch.loss(), index)
+            # The sum of the terms: a sample's gradient then does not depend on how many others are in the batch.
             self.loss = loss.to(accumulation_dtype(loss.dtype)) * self.num_terms
 
     @cached_property
@@ -112,17 +113,17 @@ Direction = tuple[float, list[Tensor] | None]
 """A factor, and a vector for each output, or None for the gradient of the loss."""
 
 Directions = Callable[[Forward], Iterator[Direction]]
-"""What to go back from, of a forward pass."""
+"""Yields, for a forward pass, where the backward passes start."""
 
 
 class SampleMeans:
-    """What the per-sample gradients of some batches tell, added up.
+    """Adds up statistics of the per-sample gradients of some batches.
 
     Args:
-        model: The model.
+        model: The model, ready for derivatives.
         wanted: What is asked of the gradients.
-        reduce: Makes of that a number for each sample and block.
-        directions: What to go back from, of a forward pass.
+        reduce: Turns that into a number for each sample and block.
+        directions: Yields, for a forward pass, where the backward passes start.
         loss_scale: Scale of the gradients at first.
     """
 
@@ -143,7 +144,7 @@ class SampleMeans:
         """Return the mean; see :func:`~hap_hf.curvature.ggn.estimate_ggn`.
 
         Args:
-            batches: The batches.
+            batches: The batches, gone through once.
             on_batch: Called after every batch.
             total: Makes sums over all batches out of those over ``batches``.
 
@@ -166,16 +167,18 @@ class SampleMeans:
         seen, num_batches, num_terms, num_samples = whole["counts"].tolist()
         check_counts(seen, num_terms)
         summed, squares = whole["values"], whole["squares"]
+        # The variance of a sum of n samples is n times theirs, (squares - sum^2 / n) / (n - 1).
         spread = (squares - summed.square() / num_samples).clamp_min(0) * num_samples / max(num_samples - 1, 1)
         error = spread.sqrt() if num_samples > 1 else torch.full_like(summed, torch.inf)
         return SampleEstimate(summed / num_terms, error / num_terms, num_batches, num_terms, num_samples)
 
     def _values(self, batch: SampleBatch, index: int) -> Tensor:
+        """Return the values of all samples of a batch, ``[samples, num_blocks]``, in the faster way that is right."""
         if self.watchable is not False:
             try:
                 return self._together(batch, index)
             except NotPerSampleError as obstacle:
-                self.watchable = False
+                self.watchable = False  # for all batches to come, as the model is the same
                 logger.warning("every sample is differentiated alone, which is slow: %s", obstacle)
         return torch.cat(list(self._one_by_one(batch, index)))
 
@@ -187,6 +190,7 @@ class SampleMeans:
                 forward = Forward(self.model, batch, self.wanted, index)
             for factor, vectors in self.directions(forward):
                 sums, values = self._finite(forward, vectors, partial(watch.marginals, batch.num_samples))
+                # Once for each estimate, on the first direction: what is wrong with the layers is wrong with all.
                 if self.watchable is None:
                     self._check(batch, forward, vectors, sums, watch.tolerance)
                     self.watchable = True
@@ -244,6 +248,7 @@ class SampleMeans:
         Raises:
             NotPerSampleError: If a tensor's statistics differ for each of them.
         """
+        # The samples with the largest statistics: zeros agree whatever is mixed up.
         strength = torch.stack([x.abs().sum(1).cpu() for x in sums.values()]).sum(0)
         singles = ((n, batch.single(n)) for n in strength.argsort(descending=True).tolist())
         differ = set(sums)
@@ -251,7 +256,9 @@ class SampleMeans:
             alone = Forward(self.model, single, self.wanted, forward.index, n)
             own = None if vectors is None else _rows(vectors, n, batch.num_samples, alone)
             truth, _ = self._finite(alone, own, self._plain)
+            # A gradient that is zero but for rounding, as of a key's bias, has no relative error to speak of.
             floor = 1e-6 * max(x.norm().item() for x in truth.values())
+            # A tensor is cleared by one sample that agrees.
             differ = {
                 key
                 for key, x in truth.items()
@@ -261,8 +268,8 @@ class SampleMeans:
                 return
         if culprits := sorted({name for name, _ in differ}):
             raise NotPerSampleError(
-                f"{listed(culprits)} has another gradient for a sample in a batch than for the sample alone; it is "
-                "used outside its layer, or samples do not lie along the first dimension, or are mixed"
+                f"{listed(culprits)} has another gradient for a sample in a batch than for the sample alone; "
+                "samples do not lie along the first dimension, or are mixed"
             )
 
 

@@ -4,6 +4,7 @@ No list of model names and no table of ops: the model is run once with every lin
 features belong together, and every group so found is tried against masking before it is returned.
 """
 
-from hap_hf.discovery.find import find_groups
+from hap_hf.discovery.find import Discovery, discover, find_groups
+from hap_hf.discovery.whole import LeftWhole
 
-__all__ = ["find_groups"]
+__all__ = ["Discovery", "LeftWhole", "discover", "find_groups"]

@@ -1,56 +1,73 @@
 """Which candidates are accepted: all if all hold together, else what halving, coupling and trying alone lead to."""
 
-import logging
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import nn
 
-from hap_hf.discovery.counters import HEAD_COUNTS, STRUCTURAL
 from hap_hf.discovery.families import Candidate, home
 from hap_hf.discovery.trial import Trial
+from hap_hf.discovery.whole import LeftWhole
+from hap_hf.errors import UnsupportedModelError
+from hap_hf.evidence.batches import Batch
 from hap_hf.model.state import preserved
+from hap_hf.names.counters import Counts, counted_by
 from hap_hf.names.group import Counter, Group, Kind, Role
 
-logger = logging.getLogger(__name__)
 
-
-def accept(model: nn.Module, batch: Mapping[str, Any], candidates: Sequence[Candidate]) -> list[Group]:
+def accept(
+    model: nn.Module, batch: Batch, candidates: Sequence[Candidate], confirm: Batch | None = None
+) -> tuple[list[Group], list[LeftWhole]]:
     """Return the groups that prove right on the model itself, which is left as found.
 
     Args:
-        model: The model.
+        model: The model with its own weights; units are taken out of it and put back.
         batch: Keyword arguments of its forward, on its device.
         candidates: Groups to try.
+        confirm: Another batch on which all that was accepted must hold.
 
     Returns:
-        The groups that can be removed from, in the order given.
+        The groups that can be removed from, in the order given, and those that cannot.
 
     Raises:
-        UnsupportedModelError: If the model's output holds NaN.
+        UnsupportedModelError: If the model's output holds NaN, or what was accepted does not hold on the other batch.
     """
     with preserved(model), torch.no_grad():
         trial = Trial(model, batch)
+        # Candidates of a class come from equal code, so classes are halved and not candidates: the number of trials
+        # does not grow with the number of layers.
         accepted = _accept(trial, [], list(_classes(candidates).values()))
         if len(accepted) < len(candidates):
             accepted += _alone(trial, accepted, [c for c in candidates if not _is_in(c, accepted)])
             accepted = _together(trial, accepted, candidates)
-        if whole := [c.group.name for c in candidates if not _is_in(c, accepted)]:
-            logger.info("left whole: %s; removing units there does not equal masking", whole)
+        if confirm is not None and accepted:
+            trial = Trial(model, confirm)
+            if not trial.holds(accepted):
+                raise UnsupportedModelError("what holds on few tokens does not on all of them")
+        rejected = [
+            LeftWhole(
+                tuple(c.group.name for c in candidates if c.group.kind is kind and not _is_in(c, accepted)),
+                "removing units there does not equal masking them",
+                kind,
+            )
+            for kind in Kind
+        ]
         # A convolution without channels does not run.
         empty = {
             key: members[0].group.kind is not Kind.CHANNELS and trial.holds_when_empty(members)
             for key, members in _classes(accepted).items()
         }
+    # Merged candidates have the consumers of all their members, and a place among the others by the first of them.
     order = {n: i for i, c in enumerate(candidates) for n in c.consumers}
     accepted.sort(key=lambda c: order[c.consumers[0]])
-    return [replace(c.group, may_be_empty=empty[c.shape_class]) for c in accepted]
+    groups = [replace(c.group, may_be_empty=empty[c.shape_class]) for c in accepted]
+    return groups, [entry for entry in rejected if entry.names]
 
 
 def _classes(candidates: Sequence[Candidate]) -> dict[tuple[str, ...], list[Candidate]]:
+    """Return the candidates by class: those of a class come from equal code."""
     result: dict[tuple[str, ...], list[Candidate]] = defaultdict(list)
     for c in candidates:
         result[c.shape_class].append(c)
@@ -64,16 +81,17 @@ def _accept(trial: Trial, accepted: list[Candidate], classes: Sequence[list[Cand
         return every
     if len(classes) > 1:
         middle = len(classes) // 2
+        # The second half is tried beside what held of the first: both must hold together in the end.
         first = _accept(trial, accepted, classes[:middle])
         return first + _accept(trial, [*accepted, *first], classes[middle:])
     return _first_that_holds(trial, accepted, _variants(classes[0])[1:])
 
 
 def _together(trial: Trial, accepted: list[Candidate], candidates: Sequence[Candidate]) -> list[Candidate]:
-    """Return what was accepted, and what holds if unit u of one group only goes with unit u of others.
+    """Return what was accepted, with groups merged where unit u of one can only go together with unit u of others.
 
-    That is so where the outputs of one layer are split evenly; then a part that held alone is given up for all parts
-    together. And it is so where layers share one bias for each head.
+    Code that splits the outputs of a layer into equal parts needs the parts to stay equal: if one part was accepted
+    alone, it is replaced by all parts together. Layers that share one bias for each head must lose the same heads.
     """
     taken = list(accepted)
     for sets in _mates(candidates):
@@ -86,9 +104,10 @@ def _together(trial: Trial, accepted: list[Candidate], candidates: Sequence[Cand
 
 
 def _mates(candidates: Sequence[Candidate]) -> Iterator[list[list[Candidate]]]:
-    """Yield sets of groups that may belong together, those of equal code at a time.
+    """Yield sets of groups that may have to be merged, all sets that come from equal code at a time.
 
-    First parts of the output of one layer, then everything of a family, then equal layers; equal numbers of units each.
+    First parts of the output of one layer, then all that shares layers, then layers of equal code. The groups of a set
+    have equal numbers of units.
     """
     by_layer: dict[tuple[object, ...], list[Candidate]] = defaultdict(list)
     by_family: dict[tuple[object, ...], list[Candidate]] = defaultdict(list)
@@ -107,14 +126,17 @@ def _mates(candidates: Sequence[Candidate]) -> Iterator[list[list[Candidate]]]:
 
 def _replaced(trial: Trial, accepted: list[Candidate], sets: Sequence[list[Candidate]]) -> list[Candidate] | None:
     """Return what was accepted with one group for each of the sets in place of its members, if that holds."""
+    # By slices and not by name, as a member may have been accepted with other counters, or merged already.
     inside = {s for members in sets for c in members for s in c.group.slices}
     others = [c for c in accepted if not inside.intersection(c.group.slices)]
     each = [[m for v in _variants(members) if (m := _merged(v))] for members in sets]
+    # Sets of equal code want the same counters, so the i-th variants of all sets make one proposal.
     proposals = [list(proposal) for proposal in zip(*each, strict=False)]
     found = _first_that_holds(trial, others, proposals)
     return others + found if found else None
 
 
+# What comes from equal code fails for the same reason, and every failure costs several runs of the model.
 _MOST_FAILURES = 2
 
 
@@ -133,6 +155,7 @@ def _alone(trial: Trial, accepted: Sequence[Candidate], left: Sequence[Candidate
 
 
 def _is_in(c: Candidate, taken: Sequence[Candidate]) -> bool:
+    """Return whether the units of a candidate are taken, with whatever counters and in whatever merged group."""
     slices = {s for t in taken for s in t.group.slices}
     return slices.issuperset(c.group.slices)
 
@@ -140,15 +163,18 @@ def _is_in(c: Candidate, taken: Sequence[Candidate]) -> bool:
 def _first_that_holds(
     trial: Trial, accepted: Sequence[Candidate], proposals: Sequence[list[Candidate]]
 ) -> list[Candidate]:
+    """Return the first proposal that holds beside what was accepted, empty if none does."""
     return next((p for p in proposals if trial.holds([*accepted, *p])), [])
 
 
 def _variants(members: Sequence[Candidate]) -> list[list[Candidate]]:
     """Return the members with all of their counters, with counts of heads only, with none, and with any single one."""
-    names = sorted({n for c in members for x in c.group.counters if (n := _attribute(x)) not in HEAD_COUNTS})
+    # A counter that was found by name and value may hold something else that is as large by chance. Lowering it would
+    # break the model, so variants leave counters out, the likeliest variants first.
+    names = sorted({n for c in members for x in c.group.counters if counted_by(n := _attribute(x)) is not Counts.HEADS})
     variants = [
         list(members),
-        [_with_counters(c, HEAD_COUNTS.__contains__) for c in members],
+        [_with_counters(c, lambda name: counted_by(name) is Counts.HEADS) for c in members],
         [_with_counters(c, lambda name: False) for c in members],
         *([_with_counters(c, name.__eq__) for c in members] for name in names),
     ]
@@ -159,8 +185,14 @@ def _attribute(counter: Counter) -> str:
     return counter.attribute.rpartition(".")[2]
 
 
+def _is_structural(counter: Counter) -> bool:
+    """Return whether torch's own layer needs the counter to run: a number of groups, never left out."""
+    return counted_by(_attribute(counter)) is Counts.GROUPS
+
+
 def _with_counters(c: Candidate, wanted: Callable[[str], bool]) -> Candidate:
-    counters = tuple(x for x in c.group.counters if _attribute(x) in STRUCTURAL or wanted(_attribute(x)))
+    """Return a candidate with the counters whose names are wanted, and all structural ones."""
+    counters = tuple(x for x in c.group.counters if _is_structural(x) or wanted(_attribute(x)))
     return replace(c, group=replace(c.group, counters=counters))
 
 
@@ -181,8 +213,10 @@ def _merged(members: Sequence[Candidate]) -> Candidate | None:
 
 
 def _added(counters: Iterable[Counter]) -> tuple[Counter, ...]:
+    """Return the counters of a merged group, each attribute once."""
     widths: dict[str, int] = defaultdict(int)
     for c in counters:
-        # A size of one of several equal parts falls once; groups of channels fall for each part.
-        widths[c.attribute] = widths[c.attribute] + c.width if _attribute(c) in STRUCTURAL else c.width
+        # An attribute that holds the size of one of several equal parts falls once for all parts; a number of groups
+        # of channels counts those of all parts, and falls for each.
+        widths[c.attribute] = widths[c.attribute] + c.width if _is_structural(c) else c.width
     return tuple(Counter(attribute, width) for attribute, width in widths.items())

@@ -1,21 +1,19 @@
 """Which units of different projections are one and the same: they share a source or are read together."""
 
-import logging
 from collections import defaultdict
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from torch import Tensor, nn
+from torch import nn
 
 from hap_hf.discovery.dependence import SHARED, everything_behind, reached
 from hap_hf.discovery.partition import Partition
 from hap_hf.discovery.record import Recording
 from hap_hf.discovery.unions import Unions
-from hap_hf.layers.projection import IMPLANTED
-from hap_hf.layers.segments import Segment, input_segments, output_segments
+from hap_hf.discovery.whole import LeftWhole
+from hap_hf.layers.kind import Segment
+from hap_hf.layers.projection import known
 from hap_hf.names.group import Role
-
-logger = logging.getLogger(__name__)
 
 
 class Node(NamedTuple):
@@ -52,7 +50,7 @@ def find_components(
     """Return every unit that no other part of the model needs.
 
     Args:
-        model: The model.
+        model: The model that was recorded; only asked which modules share parameters.
         recording: Its cut-open forward pass.
         partitions: Partitions of the inputs of projections, in the order in which they run.
 
@@ -63,12 +61,13 @@ def find_components(
     frozen: set[Node] = set()
     for p in partitions.values():
         for unit in range(p.num_units):
+            # Naming a unit makes a set of it, and sets come out in the order of naming: units of a consumer ascend.
             unions.root(Node("in", p.consumer, unit))
         for source, codes in p.columns.items():
             for feature, unit in enumerate(codes.tolist()):
                 if unit >= 0:
                     unions.join(Node("in", p.consumer, unit), Node("out", source, feature))
-                elif unit == SHARED:
+                elif unit == SHARED:  # several units need it, so it outlives any of them
                     frozen.add(Node("out", source, feature))
         for parameter, (dim, codes) in p.parameters.items():
             owner, _, leaf = parameter.rpartition(".")
@@ -76,14 +75,16 @@ def find_components(
                 if unit >= 0:
                     unions.join(Node("in", p.consumer, unit), Node(leaf, owner, index, dim))
         if p.scattered:
-            logger.info("left whole: units of the input of %s, which are scattered in a parameter", p.consumer)
+            recording.left_whole.append(LeftWhole((p.consumer,), "units of its input are scattered in a parameter"))
             frozen |= {Node("in", p.consumer, unit) for unit in p.scattered}
     frozen |= _used_otherwise(model, recording, partitions)
     frozen |= _needed_whole(recording, partitions, unions)
+    # Joined nodes go together or not at all: one that must stay keeps its whole set.
     rotten = {unions.root(node) for node in frozen}
     result = []
     for root, nodes in unions.sets().items():
         consumers = tuple(dict.fromkeys(n.name for n in nodes if n.side == "in"))
+        # Without an output of a projection there is nothing that makes the unit, only a parameter that is read.
         if root not in rotten and consumers and any(n.side == "out" for n in nodes):
             result.append((consumers, _entries(recording, partitions, nodes)))
     return result
@@ -91,10 +92,10 @@ def find_components(
 
 def _needed_whole(recording: Recording, partitions: Mapping[str, Partition], unions: Unions[Node]) -> set[Node]:
     """Return what lies behind the outputs, and behind projections of which each channel reads everything."""
-    needed: dict[str, Tensor] = {}
-    for targets in [recording.outputs, *(x for n, x in recording.inputs.items() if n not in partitions)]:
-        for name, mask in everything_behind(recording, targets).items():
-            needed[name] = needed[name] | mask if name in needed else mask
+    # A layer without a partition mixes all that it reads, so nothing behind it can go. One backward pass from all of
+    # them: random cotangents do not cancel, and it does not matter which of them needs an entry.
+    mixing = [x for n, inputs in recording.inputs.items() if n not in partitions for x in inputs]
+    needed = everything_behind(recording, [*recording.outputs, *mixing])
     along: dict[tuple[str, int], list[bool]] = {}
     result = set()
     for node in unions:
@@ -105,7 +106,7 @@ def _needed_whole(recording: Recording, partitions: Mapping[str, Partition], uni
             mask = needed[name]
             if node.side != "out":
                 mask = mask.view(recording.parameters[name].shape).movedim(node.dim, 0)
-                mask = mask.reshape(len(mask), -1).any(1)
+                mask = mask.reshape(len(mask), -1).any(1)  # [shape[dim]]: needed if any entry at the index is
             along[name, node.dim] = mask.tolist()
         if along[name, node.dim][node.number]:
             result.add(node)
@@ -114,16 +115,18 @@ def _needed_whole(recording: Recording, partitions: Mapping[str, Partition], uni
 
 def _used_otherwise(model: nn.Module, recording: Recording, partitions: Mapping[str, Partition]) -> set[Node]:
     """Return all of the projections whose weight is tied, or read by something other than their own forward."""
+    # A projection that is cut open does not touch its parameters. Those that the graph still leads to are read by
+    # something else, which would find them smaller after pruning.
     behind = {id(t): n for n, t in recording.parameters.items()}
     read = set(reached(behind, [*recording.outputs, *(x for xs in recording.inputs.values() for x in xs)]))
     directly = {n.rpartition(".")[0] for n in read} & set(recording.projections)
     tied = _tied(model) & set(recording.projections)
     for names, why in (
-        (directly, "whose weight is also used outside of its forward"),
-        (tied, "whose weight is tied"),
+        (directly, "the weight is also used outside of the layer's forward"),
+        (tied, "the weight is tied to another layer's"),
     ):
         if names:
-            logger.info("left whole: %s, %s", sorted(names), why)
+            recording.left_whole.append(LeftWhole(tuple(sorted(names)), why))
     frozen = set()
     for name in directly | tied:
         frozen |= {Node("out", name, f) for f in range(_num_features(recording, name))}
@@ -132,7 +135,9 @@ def _used_otherwise(model: nn.Module, recording: Recording, partitions: Mapping[
 
 
 def _num_features(recording: Recording, name: str) -> int:
-    segments = output_segments(recording.projections[name])
+    """Return the number of output features of a projection, those of an implant included."""
+    module = recording.projections[name]
+    segments = known(module).outputs(module)
     return sum(s.size for s in segments if s.tensor != "bias")
 
 
@@ -146,7 +151,7 @@ def _tied(model: nn.Module) -> set[str]:
 
 
 def _entries(recording: Recording, partitions: Mapping[str, Partition], nodes: list[Node]) -> Component:
-    """Return what a set of nodes takes of each tensor."""
+    """Return which indices of each tensor a set of nodes takes with it."""
     result: dict[Key, set[int]] = defaultdict(set)
 
     def add(name: str, segments: list[Segment], feature: int, role_of_weight: Role) -> None:
@@ -157,13 +162,14 @@ def _entries(recording: Recording, partitions: Mapping[str, Partition], nodes: l
 
     for node in nodes:
         if node.side == "in":
-            segments = input_segments(recording.projections[node.name])
+            module = recording.projections[node.name]
+            segments = known(module).inputs(module)
             for channel in (partitions[node.name].units == node.number).nonzero().flatten().tolist():
                 add(node.name, segments, channel, Role.CONSUMER)
         elif node.side == "out":
             module = recording.projections[node.name]
-            role = Role.FACTOR if isinstance(module, IMPLANTED) else Role.PRODUCER
-            add(node.name, output_segments(module), node.number, role)
+            role = Role.FACTOR if known(module).has_implant else Role.PRODUCER
+            add(node.name, known(module).outputs(module), node.number, role)
         else:
             for tensor, role in _aligned_tensors(recording, node):
                 result[Key(tensor, node.dim, role)].add(node.number)
@@ -175,7 +181,9 @@ def _tensor_of(node: Node) -> str:
 
 
 def _aligned_tensors(recording: Recording, node: Node) -> list[tuple[str, Role]]:
+    """Return the tensor that a parameter's node lies in, and those that follow it, with their roles."""
     tensor = _tensor_of(node)
+    # It makes the unit's output, as the rows of a projection do, though it was not cut open and is a parameter here.
     is_kernel = node.name in recording.grouped and node.side == "weight"
     result = [(tensor, Role.FACTOR if is_kernel else Role.ALIGNED)]
     result += [(name, Role.ALIGNED) for name in recording.followers.get(tensor, ())]

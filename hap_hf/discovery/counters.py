@@ -5,13 +5,10 @@ from collections.abc import Sequence
 from torch import nn
 
 from hap_hf.discovery.partition import Partition
+from hap_hf.layers.norms import group_counter
 from hap_hf.layers.projection import is_grouped, num_groups
-from hap_hf.names.group import COUNTER_NAMES, Counter, Kind, Role, Slice
-
-STRUCTURAL = frozenset({"groups", "num_groups"})
-"""Attributes of torch's own layers, whose meaning is known."""
-HEAD_COUNTS = frozenset(n for n in COUNTER_NAMES if ("head" in n and "size" not in n) or n == "num_key_value_groups")
-SIZES = COUNTER_NAMES - HEAD_COUNTS - STRUCTURAL
+from hap_hf.names.counters import Counts, counted_by
+from hap_hf.names.group import Counter, Kind, Role, Slice
 
 
 def counters_of(
@@ -24,7 +21,7 @@ def counters_of(
     (:mod:`hap_hf.discovery.trial`).
 
     Args:
-        model: The model.
+        model: The model that holds the units, with its attributes as they are.
         members: Partitions of the group's consumers.
         kind: What a unit is.
         slices: Where the units live.
@@ -40,21 +37,25 @@ def counters_of(
     widths = {s.shape[s.dim]: per_tensor[s.tensor, s.dim] for s in slices}
     widths |= {s.width * num_units: s.width for s in slices}
     widths |= {width * num_units: width for width in per_tensor.values()}
+    # All units of the consumers, and not those of the group: an attribute counts the ones that must stay as well.
     every = {p.num_units for p in members}
     shares = any(p.shares_sources for p in members)
     found: dict[str, Counter] = {}
     for owner in _holders(model, slices):
         for name, value in vars(model.get_submodule(owner)).items():
-            if type(value) is not int or value <= 0 or name not in COUNTER_NAMES:
+            counts = counted_by(name)
+            if type(value) is not int or value <= 0 or counts is None:
                 continue
             attribute = f"{owner}.{name}" if owner else name
-            if name in HEAD_COUNTS and kind is not Kind.FFN:
+            if counts is Counts.HEADS and kind is not Kind.FFN:
+                # Under grouped queries a unit is a key head with its query heads, so counts of heads are multiples.
                 total = next((n for n in sorted(every) if value % n == 0), None)
+                # Query heads for each key head stay as many, unless one key head serves all and units are queries.
                 if total and (name != "num_key_value_groups" or (shares and value == total)):
                     found[attribute] = Counter(attribute, value // total)
-            if name in SIZES and value in widths:
+            if counts is Counts.ENTRIES and value in widths:
                 found[attribute] = Counter(attribute, widths[value])
-    return tuple(sorted(found.values(), key=lambda c: c.attribute.rpartition(".")[2] not in HEAD_COUNTS))
+    return tuple(sorted(found.values(), key=lambda c: counted_by(c.attribute.rpartition(".")[2]) is not Counts.HEADS))
 
 
 def _holders(model: nn.Module, slices: Sequence[Slice]) -> list[str]:
@@ -81,7 +82,7 @@ def structural_counters(model: nn.Module, slices: Sequence[Slice]) -> tuple[Coun
     """Return by how much the groups of grouped convolutions and of group norms fall.
 
     Args:
-        model: The model.
+        model: The model that holds the units.
         slices: Where the units live.
 
     Returns:
@@ -93,12 +94,13 @@ def structural_counters(model: nn.Module, slices: Sequence[Slice]) -> tuple[Coun
         module = model.get_submodule(owner)
         if is_grouped(module) and leaf == "weight" and s.role is Role.FACTOR:
             name, in_one = "groups", s.shape[0] // num_groups(module)
-        elif isinstance(module, nn.GroupNorm) and leaf == "weight":
-            name, in_one = "num_groups", s.shape[0] // module.num_groups
+        elif (counter := group_counter(module)) is not None and leaf == "weight":
+            name, in_one = counter, s.shape[0] // getattr(module, counter)
         else:
             continue
         attribute = f"{owner}.{name}"
         width = sum(t.width for t in slices if t.tensor == s.tensor)
+        # Where a unit is less than a whole group, no number of groups fits what is left.
         if width % in_one == 0:
             result[attribute] = Counter(attribute, width // in_one)
     return tuple(result.values())

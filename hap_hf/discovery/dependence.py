@@ -78,6 +78,7 @@ class Dependence:
         for (name, source), gradient in zip(sources, found, strict=True):
             g = torch.zeros_like(source) if gradient is None else gradient
             dim = self._channel_dims.get(name)
+            # A layer that was called several times has a leaf for each call: the same features, more positions.
             parts.setdefault(name, []).append(g if dim is None else g.movedim(dim, 0).flatten(1))
         return {name: torch.cat(each, 1) if name in self._channel_dims else each[0] for name, each in parts.items()}
 
@@ -92,15 +93,17 @@ class Dependence:
             A mask over the features of each source projection and the entries of each parameter.
         """
         found = self.gradients(channels, without)
-        # NaN counts as a dependence.
+        # Exact zeros: a channel of weight zero adds nothing else however long the path is, and random numbers do not
+        # cancel to one. NaN, as of zero times infinity, counts as a dependence: in doubt a unit stays.
         return {n: ((g != 0).any(1) if n in self._channel_dims else (g != 0).flatten()).cpu() for n, g in found.items()}
 
     def owners(self, units: Tensor) -> dict[str, Tensor]:
         """Return for each feature of the source projections the one unit of target channels that depends on it.
 
-        If channel weights are a function of the unit, the gradient of an entry that serves one unit is that unit's
-        weight times the gradient under weights of one, wherever the path between them leads. Weights that count the
-        units tell which it is; random ones, that it is one.
+        Let all channels of a unit have the same weight. Gradients are linear in the weights, so an entry that serves
+        one unit has that unit's weight times its gradient under weights of one, wherever the path between them leads.
+        So the ratio of both gradients is the weight. Weights that count the units tell which unit it is; random
+        weights tell whether it is a single one, as a mixture of several has no unit's weight in both.
 
         Args:
             units: Unit of each channel of the targets, ``[channels]``.
@@ -112,15 +115,34 @@ class Dependence:
         tests = self._tests(units, self.parameters)
         return {name: tests.owners(name, plain) for name, plain in tests.plain.items()}
 
+    def some_owned(self, units: Tensor) -> bool:
+        """Return whether some feature of a source projection may serve a single unit: half of what :meth:`owners` asks.
+
+        Args:
+            units: Unit of each channel of the targets, ``[channels]``.
+
+        Returns:
+            False only where :meth:`owners` would find no such feature.
+        """
+        weights = torch.rand(int(units.max()) + 1, generator=self._generator, dtype=torch.float64).add_(1)
+        plain, answers = self.gradients(None, self.parameters), self.gradients(weights[units], self.parameters)
+        for name, rows in plain.items():
+            ratio, rest = _fit(rows.double(), answers[name].double())
+            nearest = _distance(ratio.cpu(), weights)
+            used = (rows != 0).any(1).cpu()
+            if bool((used & (nearest < _TOLERANCE) & (rest.cpu() < _TOLERANCE)).any()):
+                return True
+        return False
+
     def aligned(self, units: Tensor) -> tuple[dict[str, tuple[int, Tensor]], set[int]]:
-        """Return the parameters of which the indices along one dimension belong to one unit each.
+        """Return the parameters that can be cut along one dimension as the units are: a unit for each index.
 
         Args:
             units: Unit of each channel of the targets, ``[channels]``.
 
         Returns:
             The dimension and the unit of each index, ``UNUSED`` where none depends on it, by name; and the units that
-            own single entries of parameters which are not aligned so.
+            own single entries of a parameter that cannot be cut so.
         """
         aligned: dict[str, tuple[int, Tensor]] = {}
         scattered: set[int] = set()
@@ -128,18 +150,22 @@ class Dependence:
             return aligned, scattered
         tests = self._tests(units, self.leaves)
         for name, plain in tests.plain.items():
+            # All entries at an index must belong to one unit, as surgery takes out whole indices.
             for dim in range(plain.dim()):
                 found = tests.owners(name, plain.movedim(dim, 0).flatten(1) if plain.dim() > 1 else plain[:, None], dim)
                 if bool((found >= 0).any()) and not bool((found == SHARED).any()):
                     aligned[name] = dim, found
                     break
             else:
+                # Entries that one unit owns, but that no cut takes out, would stay behind when it goes.
                 single = tests.owners(name, plain.reshape(-1, 1))
                 scattered |= set(single[single >= 0].tolist())
         return aligned, scattered
 
     def _tests(self, units: Tensor, without: Collection[str]) -> "_Tests":
+        """Return the gradients under weights that tell units apart: four backward passes, however many units."""
         num_units = int(units.max()) + 1
+        # All weights lie between 1 and 2. A zero would look like an entry that no unit needs.
         random = torch.rand(2, num_units, generator=self._generator, dtype=torch.float64).add_(1)
         counting = torch.arange(num_units, dtype=torch.float64) / num_units + 1
         answers = [self.gradients(code[units], without) for code in (counting, *random)]
@@ -163,8 +189,11 @@ class _Tests:
     def owners(self, name: str, rows: Tensor, dim: int | None = None) -> Tensor:
         """Return the unit of each row of entries of a source.
 
+        The weight of a row is the r for which r times its plain gradient is nearest to the gradient under the test's
+        weights, in least squares. What is left between both is large where entries of the row differ in their units.
+
         Args:
-            name: The source.
+            name: Name of the source.
             rows: Its plain gradient, ``[rows, entries]``.
             dim: Dimension of the gradient along which the rows lie; None where it has the shape of ``rows``.
 
@@ -172,21 +201,35 @@ class _Tests:
             Units, ``SHARED`` or ``UNUSED``, ``[rows]``.
         """
         base = rows.double()
-        energy = base.square().sum(1)
-        used = energy != 0
-        safe = torch.where(used, energy, 1.0)
+        used = (base != 0).any(1)
         answers = [a[name] if dim is None else a[name].movedim(dim, 0) for a in self.answers]
-        tests = [a.reshape(base.shape).double() for a in answers]
-        ratios = [(base * test).sum(1) / safe for test in tests]
+        fits = [_fit(base, a.reshape(base.shape).double()) for a in answers]
         num_units = self.random.shape[1]
-        unit = ((ratios[0].nan_to_num() - 1) * num_units).round().long().clamp(0, num_units - 1).cpu()
+        # Unit u counts as 1 + u / num_units. Two units mixed read as one between them, which the random weights deny.
+        counted = fits[0][0].nan_to_num()
+        unit = ((counted - 1) * num_units).round().long().clamp(0, num_units - 1).cpu()
         single = torch.ones(len(unit), dtype=torch.bool)
-        for code, ratio, test in zip(self.random, ratios[1:], tests[1:], strict=True):
-            rest = (test - ratio[:, None] * base).square().sum(1).div(safe).sqrt().cpu()
-            single &= ((ratio.cpu() - code[unit]).abs() < _TOLERANCE) & (rest < _TOLERANCE)  # false for NaN
+        for code, (ratio, rest) in zip(self.random, fits[1:], strict=True):
+            single &= ((ratio.cpu() - code[unit]).abs() < _TOLERANCE) & (rest.cpu() < _TOLERANCE)  # false for NaN
         unit[~single] = SHARED
         unit[~used.cpu()] = UNUSED
         return unit
+
+
+def _fit(base: Tensor, test: Tensor) -> tuple[Tensor, Tensor]:
+    """Return for each row the r for which ``r * base`` is nearest to ``test``, and what is left between both."""
+    energy = base.square().sum(1)
+    safe = torch.where(energy != 0, energy, 1.0)
+    ratio = (base * test).sum(1) / safe
+    return ratio, (test - ratio[:, None] * base).square().sum(1).div(safe).sqrt()
+
+
+def _distance(values: Tensor, among: Tensor) -> Tensor:
+    """Return how far each value is from the nearest of some numbers."""
+    ordered = among.sort().values
+    above = torch.searchsorted(ordered, values.contiguous()).clamp(max=len(ordered) - 1)
+    below = (above - 1).clamp(min=0)
+    return torch.minimum((ordered[above] - values).abs(), (values - ordered[below]).abs())
 
 
 # Two units mixed in one entry differ from either by about the difference of two random numbers.

@@ -2,7 +2,7 @@
 
 import logging
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,8 +10,10 @@ from torch import nn
 
 from hap_hf.discovery.components import Component, Key, find_components
 from hap_hf.discovery.counters import counters_of, structural_counters
+from hap_hf.discovery.counting import Counts
 from hap_hf.discovery.partition import Partition, partition
 from hap_hf.discovery.record import Recording
+from hap_hf.discovery.whole import LeftWhole
 from hap_hf.layers.projection import spatial_dims
 from hap_hf.names.group import Group, Kind, Role, Slice
 
@@ -26,9 +28,10 @@ class Candidate:
     """A group that follows from the dependences, before it has been tried.
 
     Args:
-        group: The group.
+        group: What would be removable: units, slices and counters.
         consumers: Projections that read the units.
-        shape_class: Candidates of equal class come from equal code: class names along the path, and kind.
+        shape_class: Kind, class names along the path and names of layers. Candidates of equal class are taken to come
+            from equal code.
         family: Candidates of equal family share a layer, so they may have to keep equal numbers of units.
     """
 
@@ -38,13 +41,13 @@ class Candidate:
     family: int = 0
 
 
-def find_candidates(model: nn.Module, recording: Recording, core_macs: Mapping[str, float]) -> list[Candidate]:
+def find_candidates(model: nn.Module, recording: Recording, counts: Counts) -> list[Candidate]:
     """Return every group that the dependences between projections allow.
 
     Args:
         model: The model that was recorded.
         recording: Its cut-open forward pass.
-        core_macs: Multiply-accumulates per sample in each module outside of projections, by module name.
+        counts: How often its layers are used.
 
     Returns:
         The candidates in the order in which the model runs.
@@ -64,7 +67,7 @@ def find_candidates(model: nn.Module, recording: Recording, core_macs: Mapping[s
     candidates = []
     for family, ((consumers, _), components) in zip(families, by_build.items(), strict=True):
         members = [partitions[name] for name in consumers]
-        maker = _Maker(model, recording, core_macs, members, family)
+        maker = _Maker(model, recording, counts, members, family)
         candidates += maker.candidates(components)
     order = {name: i for i, name in enumerate(recording.inputs)}
     return sorted(candidates, key=lambda c: order[c.consumers[0]])
@@ -72,6 +75,7 @@ def find_candidates(model: nn.Module, recording: Recording, core_macs: Mapping[s
 
 def _families(builds: Sequence[set[Key]]) -> list[int]:
     """Return a number for each build, equal where two of them lie in one dimension of one tensor."""
+    # Groups may share a layer without a unit in common, as the parts of a layer whose outputs are split evenly.
     number = list(range(len(builds)))
     first: dict[tuple[str, int], int] = {}
     for i, keys in enumerate(builds):
@@ -87,9 +91,9 @@ class _Maker:
     """Makes candidates out of the units that some projections read.
 
     Args:
-        model: The model.
+        model: The model that was recorded.
         recording: Its cut-open forward pass.
-        core_macs: Multiply-accumulates per sample outside of projections, by module name.
+        counts: How often its layers are used.
         members: Partitions of the projections that read the units.
         family: Number of the family.
     """
@@ -98,13 +102,13 @@ class _Maker:
         self,
         model: nn.Module,
         recording: Recording,
-        core_macs: Mapping[str, float],
+        counts: Counts,
         members: Sequence[Partition],
         family: int,
     ) -> None:
         self._model = model
         self._recording = recording
-        self._core_macs = core_macs
+        self._counts = counts
         self._members = members
         self._family = family
 
@@ -117,18 +121,22 @@ class _Maker:
         Returns:
             The candidates; none where the units are scattered.
         """
+        # A stretch ends before a unit that must stay. Many stretches mean that the units lie in no order at all.
         stretches = list(_stretches(sorted(components, key=lambda c: [i[0] for i in c.values()])))
         consumers = [p.consumer for p in self._members]
         if len(stretches) > _MOST_STRETCHES:
-            logger.info("left whole: the input of %s, whose units do not lie evenly", consumers[0])
+            self._recording.left_whole.append(LeftWhole((consumers[0],), "units of its input do not lie evenly"))
             return []
         kind = self._kind(components[0])
         if kind is Kind.FFN and not self._is_block(components[0]):
-            logger.info("left whole: the input of %s, which is no hidden layer of a feed-forward block", consumers[0])
+            self._recording.left_whole.append(
+                LeftWhole((consumers[0],), "its input is no hidden layer of a feed-forward block")
+            )
             return []
         return [self._candidate(kind, stretch) for stretch in stretches if len(stretch) > 1]
 
     def _kind(self, unit: Component) -> Kind:
+        """Return what a unit is, by the layers that it lies in and the number of channels that its readers see."""
         layers = {key.tensor.rpartition(".")[0] for key in unit}
         is_neuron = all(len(indices) == 1 for key, indices in unit.items() if key.role is Role.CONSUMER)
         convolves = any(spatial_dims(self._model.get_submodule(n)) for n in layers)
@@ -138,6 +146,7 @@ class _Maker:
         return Kind.FFN if is_neuron else Kind.HEADS
 
     def _sources(self, unit: Component) -> list[str]:
+        """Return the layers that make a unit, in the order in which they were found."""
         makers = {Role.PRODUCER, Role.FACTOR}
         return list(dict.fromkeys(key.tensor.rpartition(".")[0] for key in unit if key.role in makers))
 
@@ -147,13 +156,20 @@ class _Maker:
         return all(inputs == {self._recording.leaves[p.consumer][0].shape[-1]} for p in self._members)
 
     def _candidate(self, kind: Kind, units: Population) -> Candidate:
+        """Return the candidate whose units are a stretch."""
         sources, consumers = self._sources(units[0]), [p.consumer for p in self._members]
         # Where the units of one member come from tells which attention or FFN it belongs to.
         homes = [home([p.consumer, *(n for n in sources if n in p.columns)]) for p in self._members]
         place = homes[0] if len(homes) == 1 else home(consumers)
         core = 0.0
+        # Attention products are made outside of all layers, and each head has an equal share of them.
         if kind is Kind.HEADS:
-            core = sum(self._core_macs.get(h, 0.0) / p.num_units for h, p in zip(homes, self._members, strict=True))
+            # Two layers of one attention may read its heads; its products are made once.
+            each = {
+                h: self._counts.core_macs.get(h, 0.0) / p.num_units for h, p in zip(homes, self._members, strict=True)
+            }
+            core = sum(each.values())
+        # The first unit says where all lie: in a stretch, unit u has the same runs u widths further on.
         slices = tuple(s for key in units[0] for s in self._slices(key, units[0][key]))
         group = Group(
             f"{sources[0] if kind is Kind.CHANNELS else place}:{kind.value}",
@@ -167,8 +183,10 @@ class _Maker:
         return Candidate(group, tuple(consumers), self._shape_class(kind, sources), self._family)
 
     def _slices(self, key: Key, first: Sequence[int]) -> list[Slice]:
+        """Return the slices of one tensor, one for each run of consecutive indices of the first unit."""
         shape = tuple(_tensor(self._model, key.tensor).shape)
-        uses = self._recording.positions.get(key.tensor.rpartition(".")[0], 0.0)
+        uses = self._counts.positions.get(key.tensor.rpartition(".")[0], 0.0)
+        # Biases, norms and statistics multiply too, but no convention of counting counts them.
         weighs = key.role not in {Role.ALIGNED, Role.STATISTIC}
         return [
             Slice(key.tensor, shape, key.dim, start, length, key.role, uses if weighs else 0.0)
@@ -190,6 +208,7 @@ def _stretches(components: Population) -> Iterable[Population]:
     """Yield units that follow each other without a gap in every tensor."""
     stretch: Population = []
     for component in components:
+        # Each run of the next unit must begin where the same run of the last one ended, in every tensor at once.
         if stretch and any(
             runs(indices) != [(start + length * len(stretch), length) for start, length in runs(stretch[0][key])]
             for key, indices in component.items()

@@ -3,40 +3,63 @@
 import inspect
 import logging
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from hap_hf.discovery.acceptance import accept
+from hap_hf.discovery.counting import Counts, count
 from hap_hf.discovery.families import find_candidates
 from hap_hf.discovery.record import record
-from hap_hf.errors import BatchError, UnsupportedModelError
-from hap_hf.evidence.batches import batch_size, call, few_samples, move_to_model
-from hap_hf.layers.projection import is_grouped, is_projection
+from hap_hf.discovery.whole import LeftWhole
+from hap_hf.errors import BatchError, HapError, UnsupportedModelError
+from hap_hf.evidence.batches import Batch, as_batch, few_samples, move_to_model, shortened
 from hap_hf.model.bare import check_bare
-from hap_hf.model.state import preserved
-from hap_hf.names.group import Group
+from hap_hf.names.group import Group, Kind
 
 logger = logging.getLogger(__name__)
 
 
-def find_groups(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Group, ...]:
+@dataclass(frozen=True)
+class Discovery:
+    """What was found in a model.
+
+    Args:
+        groups: What can be removed from, in the order in which the model runs.
+        left_whole: What cannot, and why.
+    """
+
+    groups: tuple[Group, ...]
+    left_whole: tuple[LeftWhole, ...] = ()
+
+    def missing(self, kinds: Sequence[Kind]) -> list[LeftWhole]:
+        """Return what was left whole among the kinds of which no group was found.
+
+        Args:
+            kinds: The kinds that are wanted.
+
+        Returns:
+            The entries.
+        """
+        absent = set(kinds) - {g.kind for g in self.groups}
+        return [entry for entry in self.left_whole if entry.kind in absent]
+
+
+def find_groups(model: nn.Module, batch: Any) -> tuple[Group, ...]:
     """Return every attention head, FFN neuron and convolution channel that can be removed from ``model``.
 
     A unit is what shares no weight with its neighbours: under grouped queries a key/value head with its query heads,
     with a relative position table shared by all layers the same head of every layer, with residual additions the same
-    channel of every convolution that is added up, with grouped convolutions a group of channels. Anything
-    whose removal would not equal masking it, to the precision of the model's dtype, is left whole and named in a log
-    line.
+    channel of every convolution that is added up, with grouped convolutions a group of channels. Anything whose removal
+    would not equal masking it, to the precision of the model's dtype, is left whole; :func:`discover` says what and
+    why.
 
     Args:
         model: The model, which is left as found. It must not be wrapped, compiled or quantized, nor hold adapters.
-        batch: Keyword arguments of its forward, as a collator gives them; two samples are used.
+        batch: Keyword arguments of its forward, as a collator gives them, or a pair of inputs and labels; two samples
+            are used.
 
     Returns:
         The groups in the order in which the model runs.
@@ -44,28 +67,65 @@ def find_groups(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Group, ...]
     Raises:
         UnsupportedModelError: If the model is wrapped, compiled, quantized, with adapters or on ``meta``, or nothing is
             found.
-        BatchError: If ``batch`` is no mapping with tensors, or the model does not run on it.
+        BatchError: If ``batch`` holds no tensors, or the model does not run on it.
+    """
+    return discover(model, batch).groups
+
+
+def discover(model: nn.Module, batch: Any) -> Discovery:
+    """Return what can be removed from ``model`` and what cannot; see :func:`find_groups`.
+
+    What belongs together does not depend on how long a text is, and finding out takes time and memory that grow with
+    it. So the first tokens are looked at, and what was found is tried once more at the full length, at which everything
+    is counted. Where the two disagree, or the model does not run on few tokens, the whole example is looked at.
+
+    Args:
+        model: The model, which is left as found.
+        batch: As for :func:`find_groups`.
+
+    Returns:
+        What was found.
+
+    Raises:
+        UnsupportedModelError: If the model cannot be looked at, or nothing is found.
+        BatchError: If ``batch`` holds no tensors, or the model does not run on it.
     """
     check_bare(model)
-    if not isinstance(batch, Mapping) or not any(isinstance(v, Tensor) for v in batch.values()):
-        raise BatchError(
-            "expected a batch as a mapping of argument names to tensors, as a Hugging Face collator gives it, "
-            f"got {type(batch)}"
-        )
-    example = few_samples(move_to_model(model, batch))
+    given = as_batch(model, batch)
+    example = few_samples(move_to_model(model, given))
     if "use_cache" in inspect.signature(model.forward).parameters:
         example["use_cache"] = False
     try:
-        core_macs = _macs_outside_projections(model, example)
+        counts = count(model, example)
     except Exception as error:  # the model's own code may raise anything
-        shapes = {k: list(v.shape) for k, v in batch.items() if isinstance(v, Tensor)}
+        shapes = {k: list(v.shape) for k, v in given.items() if isinstance(v, Tensor)}
         raise BatchError(
             f"{type(model).__name__} does not run on the first batch, {shapes}: {error}; pass batches like those it "
             "was trained on"
         ) from error
+    few = shortened(example)
+    found = None if few is None else _on_few(model, few, example, counts)
+    return found or _on(model, example, counts)
+
+
+def _on_few(model: nn.Module, few: Batch, example: Batch, counts: Counts) -> Discovery | None:
+    """Return what a few tokens tell, if it also holds on all of them."""
+    try:
+        return _on(model, few, counts, confirm=example)
+    except HapError as error:
+        logger.debug("few tokens do not tell: %s", error)
+    except Exception as error:  # the model's own code, run on fewer tokens than it may have been written for
+        logger.debug("not on few tokens: %s: %s", type(error).__name__, error)
+    return None
+
+
+def _on(model: nn.Module, example: Batch, counts: Counts, confirm: Batch | None = None) -> Discovery:
+    """Return what one example tells, and has been confirmed by another if that is given."""
+    # The trial runs with the model's own weights, so the recording must have ended.
     with record(model, example) as recording:
-        candidates = find_candidates(model, recording, core_macs)
-    groups = accept(model, example, candidates)
+        candidates = find_candidates(model, recording, counts)
+    groups, rejected = accept(model, example, candidates, confirm)
+    left_whole = [*recording.left_whole, *rejected]
     if not groups:
         raise UnsupportedModelError(
             f"found nothing to remove in {type(model).__name__}: looked for attention heads (query, key, "
@@ -73,35 +133,24 @@ def find_groups(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Group, ...]
             "layers with only elementwise operations between them) and convolution channels (likewise, batch norms, "
             "depthwise convolutions, additions and concatenations included) among "
             f"{len(recording.projections)} linear layers and convolutions, and had "
-            f"{len(candidates)} candidates, none of which gave the masked model's output when removed; "
-            "logging.getLogger('hap_hf') at level INFO names each"
+            f"{len(candidates)} candidates, none of which gave the masked model's output when removed"
+            + "".join(f"\n  left whole: {entry}" for entry in left_whole[:10])
         )
+    # Every layer appears somewhere: in a group, with a reason of its own, or here.
     held = {s.tensor.rpartition(".")[0] for g in groups for s in g.slices}
-    whole = sorted(set(recording.projections) - held)
-    if whole:
-        logger.info("left whole: %d layers outside of any group: %s", len(whole), ", ".join(whole))
-    return tuple(_with_unique_names(groups))
+    named = {name for entry in left_whole for name in entry.names}
+    tried = {s.tensor.rpartition(".")[0] for c in candidates for s in c.group.slices}
+    outside = tuple(sorted(set(recording.projections) - held - named - tried))
+    if outside:
+        left_whole.append(LeftWhole(outside, "what they read and make is needed whole elsewhere"))
+    for entry in left_whole:
+        logger.info("left whole: %s", entry)
+    return Discovery(tuple(_with_unique_names(groups)), tuple(left_whole))
 
 
 def _with_unique_names(groups: Sequence[Group]) -> Iterator[Group]:
+    """Yield the groups with a number behind names that come again, as a plan finds its groups by name."""
     seen: dict[str, int] = defaultdict(int)
     for group in groups:
         seen[group.name] += 1
         yield replace(group, name=f"{group.name}#{seen[group.name]}") if seen[group.name] > 1 else group
-
-
-def _macs_outside_projections(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, float]:
-    """Return for each module the multiply-accumulates per sample that its projections do not account for."""
-    counter = FlopCounterMode(display=False)
-    # The math kernel, so that attention products are matrix products and get counted.
-    with preserved(model), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
-        call(model, batch)
-    totals = {key: sum(ops.values()) for key, ops in counter.get_flop_counts().items()}
-    root = type(model).__name__
-    result = {}
-    projections = [n for n, m in model.named_modules() if is_projection(m) or is_grouped(m)]
-    for name, _ in model.named_modules():
-        inside = sum(totals.get(f"{root}.{p}", 0) for p in projections if p.startswith(f"{name}." if name else ""))
-        total = totals.get(f"{root}.{name}" if name else root, 0)
-        result[name] = (total - inside) / 2 / batch_size(batch)
-    return result

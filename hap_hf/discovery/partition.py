@@ -46,6 +46,8 @@ class Partition:
 def partition(recording: Recording, consumer: str) -> Partition | None:
     """Return how the input channels of a projection fall into units.
 
+    Divisions are tried from the finest to coarser ones: single channels, stretches of them, and two guesses.
+
     Args:
         recording: The cut-open forward pass.
         consumer: Name of the projection.
@@ -59,16 +61,25 @@ def partition(recording: Recording, consumer: str) -> Partition | None:
     if not dependence.leaves or channels < 2:
         return None
     single = torch.arange(channels)
+    # Behind a layer norm, where most linear layers read, no channel has a feature of its own and no wider unit has
+    # either. The gradients that would say so one by one are the largest of the model, so there the cheap question comes
+    # first; convolutions seldom read what mixes everything.
+    linear = dim == -1
+    if linear and _mixes_everything(dependence, channels) and not dependence.some_owned(single):
+        return None
     owners = dependence.owners(single)
     if _is_clean(owners, dependence):
         return _made(consumer, single, owners, dependence)
-    if not any(bool((codes >= 0).any()) for codes in owners.values()) and _mixes_everything(dependence, channels):
+    owned = any(bool((codes >= 0).any()) for codes in owners.values())
+    if not linear and not owned and _mixes_everything(dependence, channels):
         return None
+    # Heads. Their keys and values may serve all of them, so it is enough that one projection makes every unit.
     for width in _widths(dependence, channels):
         units = single // width
         owners = dependence.owners(units)
         if _covers(owners, dependence, channels // width):
             return _made(consumer, units, owners, dependence)
+    # Units whose channels do not lie side by side: guesses from few questions, which the owners confirm.
     for guess in (_repeated, _unite):
         united = guess(dependence, channels)
         if united is not None and _is_clean(owners := dependence.owners(united), dependence):
@@ -77,6 +88,7 @@ def partition(recording: Recording, consumer: str) -> Partition | None:
 
 
 def _made(consumer: str, units: Tensor, owners: dict[str, Tensor], dependence: Dependence) -> Partition:
+    """Return the partition with the parameters that lie along its units."""
     aligned, scattered = dependence.aligned(units)
     return Partition(consumer, units, owners, aligned, scattered)
 
@@ -111,6 +123,8 @@ def _widths(dependence: Dependence, channels: int) -> Iterator[int]:
     if not any(bool((first[n] & second[n]).any()) for n in first):
         return  # neighbours have nothing in common
     fallback = []
+    # Among units of w channels, channel w is the first of the second unit. A divisor below w leads to a channel of
+    # the first unit, which shares its queries or keys. So w is the smallest one that leads to nothing in common.
     for width in (d for d in range(2, channels) if channels % d == 0):
         other = dependence.touched(_only(width, channels), dependence.parameters)
         if not any(bool((first[n] & other[n]).any()) for n in first):
@@ -118,7 +132,8 @@ def _widths(dependence: Dependence, channels: int) -> Iterator[int]:
             break
         if any(bool((first[n] & ~other[n]).any()) for n in first):
             fallback.append(width)
-    # Multi-query attention: every head has rows of its own, and all share one key and one value head.
+    # Multi-query attention: every head has query rows of its own, and all share one key and one value head, so there is
+    # no such width. All are tried at which channel 0 reads something that the other channel does not.
     yield from fallback
 
 
@@ -127,6 +142,9 @@ _MOST_QUESTIONS = 64
 
 def _repeated(dependence: Dependence, channels: int) -> Tensor | None:
     """Return units of channels at equal distances, as in a concatenation of a layer with functions of itself.
+
+    The channels that share a source with channel 0 are found by bisection: one question tells whether a range of
+    channels holds any.
 
     Args:
         dependence: Answers about the channels.
@@ -154,6 +172,8 @@ def _repeated(dependence: Dependence, channels: int) -> Tensor | None:
     return torch.arange(channels) % step if found and evenly and not ranges else None
 
 
+# With k channels that need a feature, another one is still suspected after all tests with probability (1 - 2^-k)^64:
+# 1e-8 for two, 2e-4 for three, 2e-2 for four. False suspects make units too large, or too many to go on.
 _NUM_TESTS = 64
 _MOST_TOGETHER = 8
 
@@ -161,8 +181,8 @@ _MOST_TOGETHER = 8
 def _unite(dependence: Dependence, channels: int) -> Tensor | None:
     """Return units of channels that share a source, wherever they lie, as in a concatenation of a layer with itself.
 
-    Random halves of the channels are asked in turn. A channel that needs a source is in no half without it. So what
-    remains after many tests are the channels that need it.
+    Random halves of the channels are asked which features they touch. A channel that needs a feature is in no half
+    that does not touch it. So whoever was never seen in such a half, after many tests, is taken to need it.
 
     Args:
         dependence: Answers about the channels.
@@ -179,6 +199,7 @@ def _unite(dependence: Dependence, channels: int) -> Tensor | None:
         ones = torch.stack([mask[name] for mask in inside]).double()  # [tests, features]
         zeros = torch.stack([mask[name] for mask in outside]).double()
         used = (ones + zeros).sum(0) > 0
+        # How often a channel was in a half that did not touch the feature: once proves that it does not need it.
         against = (1 - ones).T @ halves.double() + (1 - zeros).T @ (~halves).double()  # [features, channels]
         needed_by = (against == 0) & used[:, None]
         if int(needed_by.sum(1).max()) > _MOST_TOGETHER:

@@ -16,16 +16,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map_only
 
-from hap_hf.evidence.batches import batch_size, call
+from hap_hf.discovery.whole import LeftWhole
+from hap_hf.evidence.batches import call
+from hap_hf.host import call_hooks, own_buffers, tree_leaves, tree_map_only
+from hap_hf.layers.norms import followers, keeps_statistics
 from hap_hf.layers.projection import channel_dim, is_grouped, is_projection
 from hap_hf.model.state import preserved
 
 logger = logging.getLogger(__name__)
-
-STATISTICS = nn.modules.batchnorm._NormBase
-"""Layers that keep running statistics for each channel."""
 
 
 @dataclass(eq=False)
@@ -41,9 +40,8 @@ class Recording:
             stands a factor of one for each channel, under the name of the running mean.
         followers: Tensors that lie along another one's first dimension by what their layer is: the weight and bias of
             a batch norm along its running mean. A gradient could not tell: that of a bias of attention keys is zero.
-        positions: How often each weight of a convolution or linear layer is applied to a sample.
         outputs: Tensors that the model returned.
-        batch_size: Number of samples in the batch.
+        left_whole: What was seen on the way that cannot be removed, and why.
     """
 
     projections: dict[str, nn.Module]
@@ -52,30 +50,19 @@ class Recording:
     leaves: dict[str, list[Tensor]] = field(default_factory=lambda: defaultdict(list))
     parameters: dict[str, Tensor] = field(default_factory=dict)
     followers: dict[str, list[str]] = field(default_factory=dict)
-    positions: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     outputs: list[Tensor] = field(default_factory=list)
-    batch_size: int = 1
+    left_whole: list[LeftWhole] = field(default_factory=list)
 
     def channels(self, name: str) -> int:
         """Return the number of input channels of a projection.
 
         Args:
-            name: Its name.
+            name: Name of the projection; it was called.
 
         Returns:
-            The number.
+            The number, the same in each of its calls.
         """
         return self.inputs[name][0].shape[channel_dim(self.projections[name])]
-
-    def count_positions(self, name: str, module: nn.Module, output: Tensor) -> None:
-        """Add the positions of one call to :attr:`positions`.
-
-        Args:
-            name: Name of the layer.
-            module: The layer.
-            output: What it returned.
-        """
-        self.positions[name] += output.numel() / output.shape[channel_dim(module)] / self.batch_size
 
 
 @contextmanager
@@ -83,7 +70,7 @@ def record(model: nn.Module, batch: Mapping[str, Any]) -> Generator[Recording]:
     """Record one forward pass, and leave the model as found.
 
     Args:
-        model: The model.
+        model: The model; inside the block it computes with other values, and projections return leaves.
         batch: Keyword arguments of its forward, on its device.
 
     Yields:
@@ -93,14 +80,13 @@ def record(model: nn.Module, batch: Mapping[str, Any]) -> Generator[Recording]:
     # Double precision tells apart what a softmax nearly cancels; some models hold to a dtype of their own.
     for dtype in dict.fromkeys((torch.float64, torch.promote_types(own, torch.float32))):
         with ExitStack() as stack:
-            followers = _followers(model)
-            led = {n for names in followers.values() for n in names}
+            led_by = _followers(model)
+            led = {n for names in led_by.values() for n in names}
             recording = Recording(
                 {n: m for n, m in model.named_modules() if is_projection(m)},
                 {n: m for n, m in model.named_modules() if is_grouped(m)},
                 parameters={n: p for n, p in model.named_parameters() if n not in led},
-                followers=followers,
-                batch_size=batch_size(batch),
+                followers=led_by,
             )
             stack.enter_context(preserved(model, dict(model.named_parameters())))
             stack.enter_context(_neutral(model, recording, dtype))
@@ -118,29 +104,21 @@ def record(model: nn.Module, batch: Mapping[str, Any]) -> Generator[Recording]:
 
 
 def _followers(model: nn.Module) -> dict[str, list[str]]:
+    """Return by the name of a tensor those that lie along its first dimension because of what their layer is."""
     result = {}
-    others: tuple[str, ...]
     for name, module in model.named_modules():
-        if isinstance(module, STATISTICS) and module.running_mean is not None:
-            leader, others = "running_mean", ("running_var", "weight", "bias")
-        elif is_grouped(module) or isinstance(module, nn.GroupNorm):
-            leader, others = "weight", ("bias",)
-        else:
-            continue
-        result[f"{name}.{leader}"] = [f"{name}.{n}" for n in others if getattr(module, n) is not None]
+        found = followers(module, grouped=is_grouped(module))
+        if found is not None:
+            result[f"{name}.{found[0]}"] = [f"{name}.{other}" for other in found[1]]
     return result
 
 
 def _run(model: nn.Module, batch: Mapping[str, Any], recording: Recording, dtype: torch.dtype) -> None:
-    layers = {**recording.projections, **recording.grouped}
+    """Run the model, which is cut open, on floating-point inputs in ``dtype``, and note its outputs."""
     handles = [
-        module.register_forward_hook(lambda m, args, out, n=name: recording.count_positions(n, m, out))
-        for name, module in layers.items()
-    ]
-    handles += [
         module.register_forward_hook(_scaling(recording, name))
         for name, module in model.named_modules()
-        if isinstance(module, STATISTICS) and module.running_mean is not None
+        if keeps_statistics(module)
     ]
     try:
         example = tree_map_only(Tensor, lambda t: t.to(dtype) if t.is_floating_point() else t, dict(batch))
@@ -156,6 +134,8 @@ def _scaling(recording: Recording, name: str) -> Any:
 
     def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         key = f"{name}.running_mean"
+        # Statistics are buffers, which take no gradient. A factor of one on each channel changes nothing, and has a
+        # gradient wherever the channel has one.
         if key not in recording.parameters:
             recording.parameters[key] = torch.ones(
                 output.shape[1], dtype=output.dtype, device=output.device, requires_grad=True
@@ -186,20 +166,23 @@ def _neutral(model: nn.Module, recording: Recording, dtype: torch.dtype) -> Gene
             if id(p) in cut:  # never multiplied with, so it need not take memory in another dtype
                 p.data = torch.full((), 0.01, dtype=dtype, device=p.device).expand(p.shape)
             else:
+                # Between 0.5 and 1: positive, so that sums do not cancel, and random, so that differences do not.
                 noise = torch.rand(p.shape, generator=generator).mul_(0.5).add_(0.5)
                 scale = 0.1 if names[id(p)].endswith("bias") else 1.0
+                # Over the number of inputs, sums of products stay near one, where no activation is saturated.
                 fan_in = max(p.numel() // max(p.shape[0], 1), 1) if p.dim() > 1 else 1
                 p.data = noise.mul_(scale / fan_in).to(p.device, dtype)
         for module in model.modules():
             # preserved() puts the tensors back that were there.
-            for name, buffer in module._buffers.items():
+            for name, buffer in own_buffers(module).items():
                 if buffer is not None and buffer.is_floating_point():
-                    module._buffers[name] = buffer.to(dtype)
-            if isinstance(module, STATISTICS) and module.running_mean is not None:
-                module.running_mean = torch.zeros_like(module.running_mean)
-                module.running_var = torch.ones_like(module.running_mean)
+                    own_buffers(module)[name] = buffer.to(dtype)
+            if keeps_statistics(module):
+                own_buffers(module)["running_mean"] = torch.zeros_like(module.get_buffer("running_mean"))
+                own_buffers(module)["running_var"] = torch.ones_like(module.get_buffer("running_mean"))
         yield
     finally:
+        # Through .data, so that the parameters stay the objects that optimizers and tied layers hold.
         for p, value in zip(parameters, values, strict=True):
             p.data = value
         for name, module in recording.projections.items():
@@ -210,8 +193,9 @@ def _neutral(model: nn.Module, recording: Recording, dtype: torch.dtype) -> Gene
 
 def _on_meta(module: nn.Module) -> nn.Module:
     """Return a copy of ``module`` without storage, to ask it for the shape of its output."""
+    # What deepcopy finds in its memo it does not copy: no storage, and no hooks, which would be called with the twin.
     memo: dict[int, Any] = {id(p): nn.Parameter(p.detach().to("meta"), False) for p in module.parameters()}
-    for hooks in (module._forward_hooks, module._forward_pre_hooks):
+    for hooks in call_hooks(module):
         memo[id(hooks)] = {}
     twin: nn.Module = copy.deepcopy(module, memo)
     twin.__dict__.pop("forward", None)  # accelerate's, for models on several devices, would move inputs to one
@@ -221,6 +205,8 @@ def _on_meta(module: nn.Module) -> nn.Module:
 def _leaf_in_place_of_output(
     recording: Recording, name: str, twin: nn.Module, device: torch.device, generator: torch.Generator
 ) -> Any:
+    """Return a forward that notes its input and gives back a random leaf of the shape of the layer's output."""
+
     def forward(*args: Any, **kwargs: Any) -> Tensor:
         x = next(iter([*args, *kwargs.values()]))
         shape = twin(torch.empty_like(x, device="meta", dtype=torch.float32)).shape

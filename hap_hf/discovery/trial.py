@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hap_hf.config import ImplantInit
 from hap_hf.discovery.families import Candidate
 from hap_hf.discovery.record import output_tensors
 from hap_hf.errors import PlanMismatchError, UnsupportedModelError
@@ -24,9 +23,11 @@ from hap_hf.evidence.batches import call
 from hap_hf.layers.projection import channel_dim
 from hap_hf.model.masking import channels, masked
 from hap_hf.model.state import renew_caches
+from hap_hf.names.actions import KEEP, PRUNE
 from hap_hf.names.group import Group, Role
-from hap_hf.names.plan import KEEP, PRUNE, GroupPlan, PruningPlan
+from hap_hf.names.plan import GroupPlan, PruningPlan
 from hap_hf.surgery.apply import apply_plan_undoable_, undo_
+from hap_hf.surgery.calibration import ImplantInit
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +39,7 @@ class Trial:
     """Compares removing with masking, on one batch.
 
     Args:
-        model: The model, in eval mode.
+        model: The model with its own weights, in eval mode.
         batch: Keyword arguments of its forward.
 
     Raises:
@@ -69,7 +70,8 @@ class Trial:
         for c in candidates:
             parity.append(position[c.shape_class] % 2)
             position[c.shape_class] += 1
-        # Every other layer, then the layers between, then all: neighbours must not have to agree on a number.
+        # Every other layer of a class, then the layers between, then all, with random numbers of units: if all lost the
+        # same number, code that takes the size of one layer from another would pass.
         for wanted in ({0}, {1}, {0, 1}):
             cut = [
                 (c, rng.sample(range(c.group.num_units), rng.randint(1, c.group.num_units - 1)))
@@ -94,7 +96,10 @@ class Trial:
         ])
 
     def _equal(self, cut: Sequence[tuple[Candidate, list[int]]]) -> bool:
+        """Return whether the model without these units computes what it computes with them masked."""
         plan = PruningPlan((tuple(_plan(c.group, units) for c, units in cut),))
+        # The layers that read the units are compared too: the model's outputs alone may hide a difference, as behind a
+        # saturated softmax or a branch that is scaled to nothing.
         watched = [n for c, _ in cut for n in c.consumers]
         expected = self._run(watched, [(c.group, units) for c, units in cut])
         try:
@@ -112,6 +117,7 @@ class Trial:
         return len(expected) == len(pruned) and all(map(_close, expected, pruned))
 
     def _run(self, watched: Sequence[str], mask: Sequence[tuple[Group, list[int]]]) -> list[Tensor]:
+        """Return the outputs of the watched layers and of the model, with some units masked."""
         renew_caches(self._model)  # filled with other sizes, before or by the last run
         seen: list[Tensor] = []
         made = channels(mask, {Role.PRODUCER, Role.FACTOR})
@@ -142,9 +148,12 @@ def _plan(group: Group, units: Sequence[int]) -> GroupPlan:
 
 
 def _close(a: Tensor, b: Tensor) -> bool:
+    """Return whether two outputs are equal up to rounding, measured by the largest finite value of the first."""
     if a.shape != b.shape:
         return False
+    # Entry by entry, a small value would be compared with rounding errors of the large ones it was computed from.
+    # Infinities, as in masked logits, must be the same in both, and must not make the limit infinite.
     limit = (
         TOLERANCE.get(a.dtype, 1e-4) * float(torch.nan_to_num(a, posinf=0, neginf=0).abs().max()) if a.numel() else 0.0
     )
-    return torch.allclose(a, b, rtol=0, atol=limit + 1e-30)
+    return torch.allclose(a, b, rtol=0, atol=limit + 1e-30)  # false where either holds NaN

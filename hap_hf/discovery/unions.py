@@ -30,7 +30,7 @@ class Unions(Generic[T]):
         parent = self._parent
         parent.setdefault(item, item)
         while parent[item] != item:
-            parent[item] = parent[parent[item]]
+            parent[item] = parent[parent[item]]  # halves the path, which keeps later look-ups short
             item = parent[item]
         return item
 

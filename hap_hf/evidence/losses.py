@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from hap_hf.config import Precision
 from hap_hf.errors import BatchError
 from hap_hf.evidence.batches import call, move_to_model
+from hap_hf.evidence.precision import Precision
 
 LossFunction = Callable[[nn.Module, Mapping[str, Any]], Tensor]
 """Returns the mean loss of a model on a batch, a scalar with its graph."""
@@ -25,16 +25,13 @@ def batch_losses(
     """Yield for each batch a function that computes its loss, and the number of loss terms.
 
     Args:
-        model: The model.
+        model: The model, whose first parameter lies on the device that batches go to.
         batches: Keyword arguments of its forward, on any device.
         loss_fn: Mean loss of the model on a batch.
         precision: Arithmetic of the forward pass. Backward passes run in the dtypes that the forward pass chose.
 
     Yields:
         The function and the number.
-
-    Raises:
-        BatchError: If a batch is no mapping.
     """
     device = next(model.parameters()).device
     autocast = partial(
@@ -47,12 +44,7 @@ def batch_losses(
 
     # transformers, too, tells by the class's name which models compare token t with the logits of token t - 1
     shifted = type(model).__name__.endswith(("ForCausalLM", "LMHeadModel"))
-    for index, batch in enumerate(batches):
-        if not isinstance(batch, Mapping):
-            raise BatchError(
-                f"batch {index}: expected a mapping from argument names to tensors, got {type(batch).__name__}; use a "
-                "collator that returns a dict"
-            )
+    for batch in batches:  # moved one by one, as all of them together need not fit on the device
         moved = move_to_model(model, batch)
         yield partial(loss_of, moved), count_loss_terms(moved, shifted=shifted)
 
@@ -63,7 +55,7 @@ def model_loss(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
     Of a module that returns nothing but logits, ``[batch, classes]``, it is the cross-entropy with integer labels.
 
     Args:
-        model: The model.
+        model: The model, which is run on the batch with its labels.
         batch: Keyword arguments of its forward.
 
     Returns:
@@ -81,12 +73,20 @@ def model_loss(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
         and not labels.is_floating_point()
     ):
         return functional.cross_entropy(output, labels, ignore_index=IGNORED_LABEL)
+    # Model outputs of transformers are mappings; other libraries return objects with attributes.
     loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
     if not isinstance(loss, Tensor):
-        raise BatchError(
-            f"{type(model).__name__} returned no loss for a batch with {sorted(batch)}: the batches hold no labels; "
-            "add them, or pass loss_fn"
-        )
+        name = type(model).__name__
+        if labels is None:
+            near = [key for key in batch if "label" in key or key in {"target", "targets", "y"}]
+            rename = f" (is {near[0]!r} meant? Call it 'labels')" if near else ""
+            reason = f"the batches hold no labels{rename}; add them, or pass loss_fn"
+        else:
+            reason = (
+                "it computes none of its labels; use the class with the task's head, such as AutoModelForSequence"
+                "Classification, or pass loss_fn=lambda model, batch: ..."
+            )
+        raise BatchError(f"{name} returned no loss for a batch with {sorted(batch)}: {reason}")
     return loss
 
 
@@ -112,5 +112,5 @@ def count_loss_terms(batch: Mapping[str, Any], *, shifted: bool = False) -> int:
     if isinstance(labels, Tensor) and not labels.is_floating_point():
         counted = labels[..., 1:] if shifted and labels.dim() > 1 else labels
         return int((counted != IGNORED_LABEL).sum())
-    tensors = [labels, *batch.values()]
+    tensors = [labels, *batch.values()]  # labels first, if they are a tensor
     return next((t.shape[0] for t in tensors if isinstance(t, Tensor) and t.dim()), 1)

@@ -10,9 +10,9 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
 
 from hap_hf.errors import DistributedError, HapError
+from hap_hf.host import tree_map_only
 
 T = TypeVar("T")
 
@@ -119,9 +119,11 @@ class Processes:
                     f"{kinds[kind[0]]} and {kind[1]}; give every process the same model"
                 )
         sums = {}
+        # All processes must reduce the same tensors in the same order, also those of which they have no part.
         for name in sorted(kinds):
             shape, dtype = kinds[name]
             own = values.get(name, torch.zeros(shape, dtype=dtype, device=self._device))
+            # A copy, as the reduction writes into it.
             total = own.detach().to(self._device, copy=True).contiguous()
             dist.all_reduce(total)
             sums[name] = total.to(own.device)
@@ -174,7 +176,7 @@ class Processes:
         """
         everyone = self.gather(what, dict(values))
         names = dict.fromkeys(name for had in everyone for name in had)
-        missing = object()
+        missing = object()  # None may be a value
         differ = [n for n in names if any(had.get(n, missing) != everyone[0].get(n, missing) for had in everyone)]
         if differ:
             more = f" and {len(differ) - 5} more" if len(differ) > 5 else ""
@@ -202,7 +204,7 @@ class Processes:
             stage: What happens in the block, for messages.
 
         Yields:
-            Nothing.
+            Nothing; every process must come to the end of the block, where they hear of each other.
         """
         if self.size == 1:
             yield
@@ -210,15 +212,18 @@ class Processes:
         try:
             yield
         except Exception as error:
+            # An error that came out of an exchange inside the block is known to all, and none waits for this one.
             if error is not self._known:
                 kind = type(error) if isinstance(error, HapError) else DistributedError
                 text = str(error) if isinstance(error, HapError) else f"{type(error).__name__}: {error}"
                 self._known = error
                 self._exchange(_Message(stage, error=(kind, text)))
             raise
+        # Also where all went well: the others wait for a message, and theirs may tell of an error.
         self._exchange(_Message(stage))
 
     def _exchange(self, message: _Message) -> list[Any]:
+        """Return the values of all messages by rank, or raise what another process failed with."""
         if self.size == 1:
             return [message.value]
         messages: list[Any] = [None] * self.size
@@ -229,10 +234,12 @@ class Processes:
             self._known = error  # there is no way left to tell anyone
             raise
         failed = [(rank, m.error) for rank, m in enumerate(messages) if m.error is not None]
+        # Whoever failed goes on to raise its own error, which has the traceback.
         if message.error is None and failed:
             rank, (kind, text) = failed[0]
             self._known = kind(f"process {rank} of {self.size} failed: {text}")
             raise self._known
+        # With different stages the values are answers to different questions, whatever their types.
         stages = sorted({m.stage for m in messages})
         if len(stages) > 1 and not failed:
             self._known = DistributedError(
@@ -244,6 +251,7 @@ class Processes:
 
 
 def _digest(tensor: Tensor) -> str:
+    """Return a short text that two tensors share only if their shapes and bytes are equal."""
     data = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
     return f"{tuple(tensor.shape)} {hashlib.blake2b(data.numpy().data, digest_size=16).hexdigest()}"
 

@@ -98,7 +98,7 @@ class ImplantConv2d(nn.Module):
             segments: Number of kept and of implanted channels in each segment of the output.
 
         Returns:
-            The layer.
+            The layer; its values are uninitialised memory.
         """
         new = cls(
             in_channels,
@@ -130,6 +130,7 @@ class ImplantConv2d(nn.Module):
         elif not self.implant_pointwise.shape[0]:
             out = self._kept(x)
         else:
+            # Parts side by side, as in ImplantLinear.
             kept = torch.split(self._kept(x), [k for k, _ in self.segments], dim=-3)
             implanted = torch.split(self._implanted(x), [i for _, i in self.segments], dim=-3)
             out = torch.cat([part for pair in zip(kept, implanted, strict=True) for part in pair], dim=-3)
@@ -139,12 +140,13 @@ class ImplantConv2d(nn.Module):
     def _kept(self, x: Tensor) -> Tensor:
         if self.padding_mode == "zeros":
             return functional.conv2d(x, self.weight, None, self.stride, self.padding, self.dilation)
-        x = functional.pad(x, _padding_sides(self), mode=self.padding_mode)
+        x = functional.pad(x, padding_sides(self), mode=self.padding_mode)
         return functional.conv2d(x, self.weight, None, self.stride, 0, self.dilation)
 
     def _implanted(self, x: Tensor) -> Tensor:
+        """Return the implanted channels, at the same positions as the kept ones."""
         # How far the centres read beyond the input, or stay within it, on each side.
-        sides = [p - reach for p, reach in zip(_padding_sides(self), _reach(self), strict=True)]
+        sides = [p - reach for p, reach in zip(padding_sides(self), _reach(self), strict=True)]
         if any(side > 0 for side in sides):
             # What is padded nearest to the input does not depend, in any mode, on how much is padded.
             x = functional.pad(x, [max(side, 0) for side in sides], mode=_pad_mode(self))
@@ -170,19 +172,6 @@ class ImplantConv2d(nn.Module):
         )
         text += f", dilation={self.dilation}" if self.dilation != (1, 1) else ""
         return text + (f", padding_mode={self.padding_mode!r}" if self.padding_mode != "zeros" else "")
-
-
-def takes_implant(module: nn.Module) -> bool:
-    """Return whether output channels of ``module`` can become a 1 x 1 convolution, and a cheaper one.
-
-    Args:
-        module: Any module.
-
-    Returns:
-        True for an ``nn.Conv2d`` without groups whose kernel is larger than 1 x 1.
-    """
-    # The exact type: a subclass may compute something else with the weight (standardised weights, dynamic padding).
-    return type(module) is nn.Conv2d and module.groups == 1 and _pair(module.kernel_size) != (1, 1)
 
 
 def pointwise_rows(rows: Tensor, moment: Tensor | None = None) -> Tensor:
@@ -215,6 +204,7 @@ def pointwise_rows(rows: Tensor, moment: Tensor | None = None) -> Tensor:
     work = rows.double().flatten(1)
     patch_centre = moment.double().to(work.device)
     channels, num_taps = rows.shape[1:]
+    # M_cc is in M_qc: the centre is itself one of the taps.
     values, vectors = torch.linalg.eigh(patch_centre.reshape(channels, num_taps, channels)[:, centre])
     floor = values.amax().clamp_min(1e-30) * 1e-7
     inverse = torch.where(values > floor, values.reciprocal(), 0.0)
@@ -238,7 +228,7 @@ def patch_moment(x: Tensor, module: "nn.Conv2d | ImplantConv2d") -> tuple[Tensor
     """
     x = x.detach() if x.dim() == 4 else x.detach()[None]
     x = x if x.dtype == torch.float64 else x.float()
-    channels, sides, mode = x.shape[1], _padding_sides(module), _pad_mode(module)
+    channels, sides, mode = x.shape[1], padding_sides(module), _pad_mode(module)
     (kh, kw), (dh, dw), (sh, sw) = _pair(module.kernel_size), _pair(module.dilation), _pair(module.stride)
     moment = torch.zeros(channels, kh * kw, channels, dtype=torch.float64, device=x.device)
     num_positions = 0
@@ -265,7 +255,7 @@ def _centre(kernel_size: Sequence[int]) -> int:
     return height // 2 * width + width // 2
 
 
-def _padding_sides(module: "nn.Conv2d | ImplantConv2d") -> list[int]:
+def padding_sides(module: "nn.Conv2d | ImplantConv2d") -> list[int]:
     """Return the padding as ``functional.pad`` takes it: left, right, top, bottom."""
     if not isinstance(module.padding, str):
         height, width = module.padding

@@ -68,8 +68,10 @@ class ImplantLinear(nn.Module):
             Output, ``[..., out_features]``.
         """
         weight = self.weight.T if self.transposed else self.weight
-        kept = functional.linear(x, weight)
-        implanted = functional.linear(functional.linear(x, self.implant_down), self.implant_up)
+        kept = functional.linear(x, weight)  # [..., kept]
+        implanted = functional.linear(functional.linear(x, self.implant_down), self.implant_up)  # [..., implanted]
+        # Surgery put the units into this order in whatever follows or reads them, so that parts side by side will do.
+        # Outputs in their old order would take an index: a gather in each forward pass, a scatter in each backward one.
         kept_parts = torch.split(kept, [k for k, _ in self.segments], dim=-1)
         implanted_parts = torch.split(implanted, [i for _, i in self.segments], dim=-1)
         out = torch.cat([part for pair in zip(kept_parts, implanted_parts, strict=True) for part in pair], dim=-1)
@@ -109,6 +111,7 @@ def factor_rows(rows: Tensor, rank: int, moment: Tensor | None = None) -> tuple[
     work = rows.detach().double()
     if moment is None:
         u, s, vh = torch.linalg.svd(work, full_matrices=False)
+        # Each factor takes the root of the singular values: of very unequal factors one would learn much faster.
         up, down = u[:, :rank] * s[:rank].sqrt(), s[:rank, None].sqrt() * vh[:rank]
     else:
         # A symmetric root survives rank-deficient moments, where a Cholesky factor does not exist.

@@ -1,44 +1,13 @@
-"""Which modules multiply by a weight matrix or kernel, and how they store it."""
+"""Questions about any module: does it multiply by a weight matrix or kernel, and how does it store that."""
 
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from hap_hf.layers.implant_conv import ImplantConv2d
-from hap_hf.layers.implant_linear import ImplantLinear
-
-_LINEAR = {nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear}
-_CONVOLUTIONS = {nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3, ImplantConv2d: 2}
-"""Number of spatial dimensions."""
-_TIMM_CONVOLUTIONS = {
-    ("timm.layers.conv2d_same", "Conv2dSame"),
-    ("timm.layers.std_conv", "StdConv2d"),
-    ("timm.layers.std_conv", "StdConv2dSame"),
-    ("timm.layers.std_conv", "ScaledStdConv2d"),
-    ("timm.layers.std_conv", "ScaledStdConv2dSame"),
-}
-IMPLANTED = (ImplantLinear, ImplantConv2d)
-"""Layers with implants."""
-
-
-def implant_tensors(module: ImplantLinear | ImplantConv2d) -> tuple[str, str]:
-    """Return the names of the implant's weight that reads the inputs and of the one that makes the outputs.
-
-    Args:
-        module: A layer with an implant.
-
-    Returns:
-        Both names; the same for a convolution, whose implant is one kernel.
-    """
-    return ("implant_down", "implant_up") if isinstance(module, ImplantLinear) else ("implant_pointwise",) * 2
-
-
-def _is_conv1d(module: nn.Module) -> bool:
-    # transformers' transposed linear layer of GPT-2, recognised without importing transformers.
-    kind = type(module)
-    return kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils"
+from hap_hf.layers import conv, implants, linear, timm  # noqa: F401  (each registers its kinds)
+from hap_hf.layers.kind import LayerKind, kind_of
 
 
 def spatial_dims(module: nn.Module) -> int:
@@ -48,23 +17,10 @@ def spatial_dims(module: nn.Module) -> int:
         module: Any module.
 
     Returns:
-        1 to 3 for the convolutions that surgery knows, 0 for everything else.
+        1 to 3 for the convolutions that are known, 0 for everything else.
     """
-    kind = type(module)
-    # Exact types, named for timm's so that timm need not be imported: a subclass may do something else with its kernel.
-    return 2 if (kind.__module__, kind.__name__) in _TIMM_CONVOLUTIONS else _CONVOLUTIONS.get(kind, 0)
-
-
-def is_grouped(module: nn.Module) -> bool:
-    """Return whether ``module`` is a convolution of which each output reads a part of the inputs, as depthwise ones do.
-
-    Args:
-        module: Any module.
-
-    Returns:
-        Whether it is.
-    """
-    return num_groups(module) > 1
+    kind = kind_of(module)
+    return kind.spatial_dims if kind is not None else 0
 
 
 def num_groups(module: nn.Module) -> int:
@@ -76,22 +32,49 @@ def num_groups(module: nn.Module) -> int:
     Returns:
         The number, 0 for everything that is no convolution.
     """
-    return int(cast(nn.Conv2d, module).groups) if spatial_dims(module) else 0
+    kind = kind_of(module)
+    return kind.num_groups(module) if kind is not None else 0
+
+
+def is_grouped(module: nn.Module) -> bool:
+    """Return whether ``module`` is a convolution whose outputs each read only some inputs, as depthwise ones do."""
+    return num_groups(module) > 1
 
 
 def is_projection(module: nn.Module) -> bool:
-    """Return whether ``module`` computes ``x W + b``, or a convolution in which every output reads every input.
+    """Return whether ``module`` is of a registered kind in which every output reads every input.
 
     Args:
         module: Any module.
 
     Returns:
-        True for ``nn.Linear``, transformers' ``Conv1D``, ungrouped convolutions and layers with implants.
+        True for linear layers, ungrouped convolutions and layers with implants.
     """
-    # Exact types: a subclass may compute something else with the weight (adapters, quantization).
-    if spatial_dims(module):
-        return not is_grouped(module)
-    return isinstance(module, ImplantLinear) or type(module) in _LINEAR or _is_conv1d(module)
+    return kind_of(module) is not None and not is_grouped(module)
+
+
+def has_implant(module: nn.Module) -> bool:
+    """Return whether ``module`` is a layer with an implant."""
+    kind = kind_of(module)
+    return kind is not None and kind.has_implant
+
+
+def known(module: nn.Module) -> LayerKind:
+    """Return the kind of a layer that is known to have one.
+
+    Args:
+        module: A projection or a grouped convolution.
+
+    Returns:
+        The kind.
+
+    Raises:
+        TypeError: If it has none.
+    """
+    kind = kind_of(module)
+    if kind is None:
+        raise TypeError(f"expected a layer of a registered kind, got a {type(module).__name__}")
+    return kind
 
 
 def channel_dim(module: nn.Module) -> int:
@@ -115,9 +98,7 @@ def output_dim(module: nn.Module) -> int:
     Returns:
         0 or 1.
     """
-    if isinstance(module, ImplantLinear):
-        return 1 if module.transposed else 0
-    return int(_is_conv1d(module))
+    return known(module).output_dim(module)
 
 
 def input_dim(module: nn.Module) -> int:
@@ -130,6 +111,20 @@ def input_dim(module: nn.Module) -> int:
         0 or 1.
     """
     return 1 - output_dim(module)
+
+
+def implant_tensors(module: nn.Module) -> tuple[str, ...]:
+    """Return the names of the weights of a layer's implant.
+
+    Args:
+        module: A layer with an implant.
+
+    Returns:
+        The weight that reads the inputs, then the one that makes the outputs; one name where they are the same.
+    """
+    kind = known(module)
+    # Of both lists `weight` is the first; what else is named, once, belongs to the implant.
+    return tuple(dict.fromkeys(kind.reads[1:] + kind.makes[1:]))
 
 
 def on_input(module: nn.Module, function: Callable[[Tensor], Tensor | None]) -> RemovableHandle:
@@ -146,6 +141,7 @@ def on_input(module: nn.Module, function: Callable[[Tensor], Tensor | None]) -> 
     def hook(
         module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        # Models may call their layers by keyword, under any name: the first one is the input.
         name = None if args else next(iter(kwargs))
         changed = function(args[0] if name is None else kwargs[name])
         if changed is None:

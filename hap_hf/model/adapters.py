@@ -30,6 +30,7 @@ def check_no_adapters(model: nn.Module) -> None:
             f"got a {name} with live prompts or adapters that cannot be merged; load the model inside it anew, prune "
             "that, and train new ones for the result"
         )
+    # Layers of peft inside of what passes for an ordinary model, as after add_adapter.
     if any(getattr(module, "peft_config", None) for module in model.modules()):
         raise UnsupportedModelError(
             f"got a {name} with live adapters {found}; prune first and add adapters to the result, or merge them: save "
@@ -43,4 +44,5 @@ def check_no_adapters(model: nn.Module) -> None:
 
 
 def _is_of_peft(module: nn.Module) -> bool:
+    """Return whether peft defines the module's class, or one that it is derived from."""
     return any(kind.__module__.partition(".")[0] == "peft" for kind in type(module).__mro__)

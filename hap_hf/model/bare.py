@@ -1,9 +1,9 @@
 """Whether a model is the bare float model that discovery and surgery work on."""
 
-import torch
 from torch import nn
 
 from hap_hf.errors import UnsupportedModelError
+from hap_hf.host import is_compiled
 from hap_hf.model.adapters import check_no_adapters
 
 
@@ -11,18 +11,19 @@ def check_bare(model: nn.Module) -> None:
     """Check that ``model`` is the bare float model, not something around it.
 
     Args:
-        model: The model.
+        model: Any model that is to be analysed or cut.
 
     Raises:
         UnsupportedModelError: If it is wrapped, compiled, quantized, with adapters or without storage.
     """
+    # By name, as most of these are classes of libraries that need not be there.
     wrappers = ("DataParallel", "DistributedDataParallel", "FullyShardedDataParallel", "DeepSpeedEngine")
     name = type(model).__name__
     if name in wrappers:
         raise UnsupportedModelError(
             f"got a model wrapped in {name}; prune the model inside it (model.module) before wrapping"
         )
-    if isinstance(model, torch._dynamo.eval_frame.OptimizedModule):
+    if is_compiled(model):
         raise UnsupportedModelError("got a compiled model; prune the original, then call torch.compile on the result")
     if getattr(model, "hf_quantizer", None) is not None or getattr(model, "is_quantized", False):
         raise UnsupportedModelError(f"got a quantized {name}; prune in floating point first, then quantize the result")
@@ -33,6 +34,7 @@ def check_bare(model: nn.Module) -> None:
     for path, tensor in tensors.items():
         if not tensor.is_floating_point():
             raise UnsupportedModelError(f"{path} holds {tensor.dtype}: prune in floating point first, then quantize")
+        # A distributed tensor, by its attribute: importing its class would load torch.distributed.
         if hasattr(tensor, "device_mesh"):
             raise UnsupportedModelError(
                 f"{path} is a {type(tensor).__name__}, of which each process holds a part; prune the whole model, "

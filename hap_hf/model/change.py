@@ -35,6 +35,7 @@ def memory_format_of(tensor: Tensor) -> torch.memory_format:
     Returns:
         ``torch.channels_last`` for kernels of a model that was moved to it, else ``torch.contiguous_format``.
     """
+    # Kernels of one tap or one input are contiguous in both formats, and say nothing about the model's.
     if tensor.dim() == 4 and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last):
         return torch.channels_last
     return torch.contiguous_format

@@ -21,10 +21,9 @@ def masked(model: nn.Module, units: Units) -> Generator[None]:
     Args:
         model: The model that the groups were found in; no weight is touched.
         units: Which units.
-
-    Yields:
-        Nothing.
     """
+    # A zero input to a column equals a column that is gone. Zeros where units are made would not do: biases, norms and
+    # activations on the way make something of them.
     handles = [
         on_input(module := model.get_submodule(name), _zeroing(indices, channel_dim(module)))
         for name, indices in channels(units, {Role.CONSUMER}).items()
@@ -57,7 +56,10 @@ def channels(units: Units, roles: Collection[Role]) -> dict[str, list[int]]:
 
 
 def _zeroing(indices: list[int], dim: int) -> Callable[[Tensor], Tensor]:
+    """Return what zeroes some channels of an input, ``dim`` counted from the last dimension."""
+
     def zero(x: Tensor) -> Tensor:
+        # Out of place, as the same tensor may go to layers that read other units of it.
         keep = torch.ones(x.shape[dim], dtype=x.dtype, device=x.device)
         keep[indices] = 0
         return x * keep.view(-1, *[1] * (-1 - dim))

@@ -2,6 +2,8 @@
 
 from torch import nn
 
+from hap_hf.host import device_hook
+
 
 def take_over_placement_(new: nn.Module, old: nn.Module) -> None:
     """Let the inputs of ``new`` be moved to its device, if accelerate does that for the layer that it replaces.
@@ -12,7 +14,8 @@ def take_over_placement_(new: nn.Module, old: nn.Module) -> None:
         new: The layer that is there from now on.
         old: The layer that was there.
     """
-    hook = getattr(old, "_hf_hook", None)
+    hook = device_hook(old)
+    # While a model is loaded it has no storage, and gets its hooks once the weights are there.
     if hook is None or any(p.is_meta for p in new.parameters()):
         return
     from accelerate.hooks import add_hook_to_module  # type: ignore[import-untyped]  # loaded long since, where it matters

@@ -10,6 +10,8 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from hap_hf.model.stale import note_in_use
+
 _CONTAINERS = (dict, OrderedDict, set)
 
 
@@ -24,10 +26,8 @@ def undone_on_error(model: nn.Module, optimizer: Optimizer | None = None) -> Gen
     Args:
         model: Any model.
         optimizer: A torch optimizer, not a wrapper around one.
-
-    Yields:
-        Nothing.
     """
+    # Pairs of each dictionary itself and a copy of it: the dictionary is filled again in place, as others may hold it.
     attributes = [(vars(module), dict(vars(module))) for module in model.modules()]
     contents = [(c, c.copy()) for _, own in attributes for c in own.values() if type(c) in _CONTAINERS]
     flags = [(p, p.requires_grad, p.grad) for p in model.parameters()]
@@ -42,6 +42,7 @@ def undone_on_error(model: nn.Module, optimizer: Optimizer | None = None) -> Gen
     try:
         yield
     except BaseException:
+        # A second Ctrl-C must not stop this half-way, which would leave neither the old state nor the new.
         with interrupts_deferred():
             for current, saved in [*attributes, *contents]:
                 current.clear()
@@ -53,22 +54,22 @@ def undone_on_error(model: nn.Module, optimizer: Optimizer | None = None) -> Gen
                 for buffer, value in buffers:
                     if not buffer.is_meta and not torch.equal(buffer, value):
                         buffer.copy_(value)
+            # In place: wrappers and schedulers share these lists with the optimizer.
             for entries, old in lists:
                 entries[:] = old
             if optimizer is not None:
                 optimizer.state.clear()
                 optimizer.state.update(state)
+            # Surgery may have noted them as replaced, and the next step of their optimizer would raise.
+            note_in_use(model.parameters())
         raise
 
 
 @contextmanager
 def interrupts_deferred() -> Generator[None]:
-    """Let Ctrl-C wait until the block has ended; only the main thread ever gets one.
-
-    Yields:
-        Nothing.
-    """
+    """Let Ctrl-C wait until the block has ended; only the main thread ever gets one."""
     handler = signal.getsignal(signal.SIGINT)
+    # A handler that was set outside of Python is None here, and could not be put back.
     if handler is None or threading.current_thread() is not threading.main_thread():
         yield
         return

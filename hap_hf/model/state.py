@@ -7,35 +7,42 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from hap_hf.host import own_buffers
+
 # The flags of transformers and timm. timm's is obeyed in eval mode too.
 _CHECKPOINTING = ("gradient_checkpointing", "grad_checkpointing")
 
 
 @contextmanager
 def preserved(
-    model: nn.Module, tensors: Mapping[str, Tensor] | None = None, *, twice: bool = True
+    model: nn.Module,
+    tensors: Mapping[str, Tensor] | None = None,
+    *,
+    plain_attention: bool = True,
+    without_checkpointing: bool = True,
 ) -> Generator[None, None, None]:
     """Make ``model`` ready for derivatives, and put everything back however the block ends.
 
-    Inside, the model is in eval mode, only ``tensors`` require gradients and no gradient is stored. To be
-    differentiated twice, activations are not checkpointed (reentrant checkpoints hide weights from
-    ``torch.autograd.grad``) and attention runs on the math kernel, the only one that can be; with ``twice=False`` these
-    two stay as they are. Afterwards training flags, ``requires_grad``, ``.grad``, buffers, checkpointing flags and
+    Inside, the model is in eval mode, only ``tensors`` require gradients and no gradient is stored. Attention runs on
+    the math kernel, the only one that can be differentiated twice and that a counter sees into, and activations are not
+    checkpointed, as reentrant checkpoints hide weights from ``torch.autograd.grad``; each can be left as it is.
+    Afterwards training flags, ``requires_grad``, ``.grad``, buffers, checkpointing flags and
     torch's global random states are those from before, also after an exception or Ctrl-C.
 
     Args:
         model: Any model.
         tensors: Parameters to differentiate with respect to, by name; none by default.
-        twice: Whether what happens inside is differentiated twice.
-
-    Yields:
-        Nothing.
+        plain_attention: Whether attention runs on the math kernel.
+        without_checkpointing: Whether activations are kept that the model would otherwise compute again.
     """
     modules = list(model.modules())
     parameters = list(model.parameters())
     training = [m.training for m in modules]
-    checkpointing = [(m, a) for m in modules for a in _CHECKPOINTING if twice and getattr(m, a, False) is True]
-    buffers = [dict(m._buffers) for m in modules]
+    checkpointing = [
+        (m, a) for m in modules for a in _CHECKPOINTING if without_checkpointing and getattr(m, a, False) is True
+    ]
+    buffers = [dict(own_buffers(m)) for m in modules]
+    # Both the buffers and their values: a forward pass may write to one, or put another in its place.
     values = {id(b): b.detach().clone() for own in buffers for b in own.values() if b is not None}
     gradients = [(p.requires_grad, p.grad) for p in parameters]
     wanted = {id(t) for t in (tensors or {}).values()}
@@ -48,14 +55,14 @@ def preserved(
         for p in parameters:
             p.requires_grad_(id(p) in wanted)
             p.grad = None  # a loss that calls backward() must not add to the gradients found
-        with torch.random.fork_rng(devices), sdpa_kernel(SDPBackend.MATH) if twice else nullcontext():
+        with torch.random.fork_rng(devices), sdpa_kernel(SDPBackend.MATH) if plain_attention else nullcontext():
             yield
     finally:
         renew_caches(model)
         for module, flag, own in zip(modules, training, buffers, strict=True):
             module.training = flag
-            module._buffers.clear()
-            module._buffers.update(own)
+            own_buffers(module).clear()
+            own_buffers(module).update(own)
         with torch.no_grad():
             for buffer in (b for own in buffers for b in own.values() if b is not None and not b.is_meta):
                 if not torch.equal(buffer, values[id(buffer)]):

@@ -23,64 +23,6 @@ class Kind(StrEnum):
     """A convolution channel, in every layer that keeps or loses it together; a whole group of a grouped convolution."""
 
 
-COUNTER_NAMES = frozenset({
-    # units
-    "attention_heads",
-    "heads",
-    "n_head",
-    "n_heads",
-    "n_kv_heads",
-    "nhead",
-    "num_attention_heads",
-    "num_head",
-    "num_heads",
-    "num_key_value_groups",
-    "num_key_value_heads",
-    "num_kv_heads",
-    "num_query_heads",
-    # groups of channels
-    "groups",
-    "num_groups",
-    # entries
-    "all_head_size",
-    "attention_dim",
-    "attn_dim",
-    "channels_after",
-    "channels_before",
-    "d_ff",
-    "d_inner",
-    "dim",
-    "dim_conv",
-    "dim_feedforward",
-    "dim_out",
-    "dim_out_qk",
-    "dim_out_v",
-    "dim_qk",
-    "dim_v",
-    "embed_dim",
-    "expand_chs",
-    "ffn_dim",
-    "ffn_hidden_size",
-    "hidden_dim",
-    "hidden_features",
-    "hidden_size",
-    "inner_dim",
-    "intermediate_dim",
-    "intermediate_size",
-    "key_attn_dim",
-    "kv_dim",
-    "o_proj_inpdim",
-    "out_channels",
-    "out_chs",
-    "pdim",
-    "q_dim",
-    "split_size",
-    "val_attn_dim",
-    "width",
-})
-"""Attributes that surgery may lower. A plan from a stranger must not reach any other attribute of a module."""
-
-
 class Role(StrEnum):
     """How a tensor takes part in a group."""
 
@@ -123,6 +65,7 @@ class Slice:
     @property
     def entries_per_unit(self) -> int:
         """Number of entries that one unit has in this tensor."""
+        # An earlier stage may have left a dimension empty.
         return self.width * prod(self.shape) // self.shape[self.dim] if self.shape[self.dim] else 0
 
     def indices(self, unit: int) -> range:
@@ -212,17 +155,6 @@ class Group:
         """Multiply-accumulates per sample of the example batch that removing one unit saves."""
         return self.core_macs + sum(s.entries_per_unit * s.uses for s in self.slices)
 
-    def unit_cost(self, per: str | None) -> float:
-        """Return what one unit takes, by which its sensitivity is divided to compare it with others.
-
-        Args:
-            per: ``params``, ``macs``, or None for the same cost whatever it takes.
-
-        Returns:
-            Parameters or multiply-accumulates, at least 1.
-        """
-        return max(1.0, {None: 1.0, "params": float(self.params_per_unit), "macs": self.macs_per_unit}[per])
-
     def implant_shapes(self, implanted: int) -> dict[str, ImplantShape]:
         """Return the shape of the weights that an implant would replace in each producer.
 
@@ -239,20 +171,14 @@ class Group:
         for s in self.slices:
             if s.role is Role.PRODUCER:
                 rows[s.tensor] += implanted * s.width
+                # A weight is [out, in, *kernel], GPT-2's is [in, out]: inputs lie along the other one of the first two.
                 inputs = s.shape[1 - s.dim] if len(s.shape) > 1 and s.dim < 2 else 0
                 taps = prod(s.shape[2:]) if len(s.shape) > 2 else None
                 shapes[s.tensor] = ImplantShape(rows[s.tensor], inputs, taps)
         return shapes
 
     def matches(self, pattern: str) -> bool:
-        """Return whether a glob pattern matches the group's name or that of one of its tensors.
-
-        Args:
-            pattern: The pattern, as for :mod:`fnmatch`.
-
-        Returns:
-            Whether it does.
-        """
+        """Return whether a pattern of :mod:`fnmatch` matches the group's name or that of one of its tensors."""
         return any(fnmatchcase(name, pattern) for name in (self.name, *(s.tensor for s in self.slices)))
 
     def scored_slices(self) -> Iterator[Slice]:

@@ -4,26 +4,34 @@ A plan needs no scores, no batches and no torch. It is what ``config.json`` carr
 Plans may come from strangers, so :meth:`PruningPlan.from_dict` trusts nothing.
 """
 
-import re
+import copy
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
-from itertools import groupby
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from hap_hf.errors import PlanFormatError
+from hap_hf.names.actions import IMPLANT, KEEP, PRUNE, decode_actions, encode_actions
 from hap_hf.names.group import Counter, Group, Kind, Role, Slice
-from hap_hf.names.untrusted import MAX_SIZE, dotted_name, fixed_items, items, member, number, real, short, typed
+from hap_hf.names.untrusted import (
+    MAX_SIZE,
+    dotted_name,
+    fixed_items,
+    items,
+    json_object,
+    member,
+    number,
+    real,
+    short,
+    typed,
+)
 
-KEEP, IMPLANT, PRUNE = "k", "i", "p"
-
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MAX_STAGES = 64
 MAX_GROUPS = 100_000
 MAX_UNITS = 2**26  # of the whole plan: run-length coding must not turn a small file into a large string
 _MAX_DIMS = 8
 _MAX_SLICES = 100_000  # of one group: a table shared by all layers ties their heads together
-_MAX_PROVENANCE = 64
-_RUN = re.compile(r"([0-9]{0,8})([kip])")
+MAX_PROVENANCE = 4096  # values of one stage
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,31 +58,41 @@ class GroupPlan:
         return self.units(KEEP) + self.units(IMPLANT)
 
     @property
-    def params(self) -> int:
-        """Parameters left in the group's slices, implants included.
-
-        Other groups that cut the same tensors along another dimension are not looked at.
-        """
-        return round(self._remaining(lambda s: 0.0 if s.role is Role.STATISTIC else 1.0))
+    def kept(self) -> int:
+        """Number of units that stay as they are."""
+        return self.actions.count(KEEP)
 
     @property
-    def macs(self) -> float:
-        """Multiply-accumulates left per sample of the example batch, implants and attention products included."""
-        survivors = self.group.num_units - self.actions.count(PRUNE)
-        return self._remaining(lambda s: s.uses) + survivors * self.group.core_macs
+    def implanted(self) -> int:
+        """Number of units that an implant stands in for."""
+        return self.actions.count(IMPLANT)
 
-    def _remaining(self, weight: Callable[[Slice], float]) -> float:
-        implanted = self.actions.count(IMPLANT)
-        kept = self.actions.count(KEEP)
-        shapes = self.group.implant_shapes(implanted)
-        total = 0.0
-        for s in self.group.slices:
-            factored = s.role is Role.PRODUCER and s.tensor in self.ranks
-            total += weight(s) * s.entries_per_unit * (kept if factored else kept + implanted)
-            if factored and s.tensor in shapes:
-                shape = shapes.pop(s.tensor)  # one implant for all slices of the tensor
-                total += weight(s) * shape.weights(self.ranks[s.tensor])
-        return total
+    @property
+    def pruned(self) -> int:
+        """Number of units that go."""
+        return self.actions.count(PRUNE)
+
+    @property
+    def survivors(self) -> int:
+        """Number of units that are there afterwards, implanted ones included."""
+        return self.group.num_units - self.pruned
+
+    def renamed(self, rename: Callable[[str], str]) -> "GroupPlan":
+        """Return the same plan for a model in which modules and tensors have other names.
+
+        Args:
+            rename: Maps a dotted name to the other one.
+
+        Returns:
+            The plan with the same units and actions.
+        """
+        group = replace(
+            self.group,
+            name=rename(self.group.name),
+            slices=tuple(replace(s, tensor=rename(s.tensor)) for s in self.group.slices),
+            counters=tuple(replace(c, attribute=rename(c.attribute)) for c in self.group.counters),
+        )
+        return GroupPlan(group, self.actions, {rename(name): rank for name, rank in self.ranks.items()})
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,11 +101,24 @@ class PruningPlan:
 
     Args:
         stages: Stages applied one after the other; each names tensors as the stage before left them.
-        provenance: How the plan came about, as a flat mapping of JSON scalars. Never read by surgery.
+        provenance: How each stage came about, as JSON values. It is there for people to read: nothing here does.
     """
 
     stages: tuple[tuple[GroupPlan, ...], ...]
-    provenance: Mapping[str, str | int | float | bool | None] = field(default_factory=dict)
+    provenance: tuple[Mapping[str, Any], ...] = ()
+
+    def __post_init__(self) -> None:
+        """Give every stage a provenance, if an empty one.
+
+        Raises:
+            ValueError: If there are more of them than stages.
+        """
+        missing = len(self.stages) - len(self.provenance)
+        if missing < 0:
+            raise ValueError(f"expected a provenance for each of {len(self.stages)} stages, got {len(self.provenance)}")
+        if not all(isinstance(origin, Mapping) for origin in self.provenance):
+            raise ValueError(f"expected a mapping for each stage as provenance, got {self.provenance!r:.80}")
+        object.__setattr__(self, "provenance", (*self.provenance, *({} for _ in range(missing))))
 
     def __iter__(self) -> Iterator[GroupPlan]:
         """Iterate over the groups of all stages.
@@ -106,19 +137,27 @@ class PruningPlan:
         Returns:
             The composed plan; applying it equals applying both in turn.
         """
-        return PruningPlan(self.stages + other.stages, {**self.provenance, **other.provenance})
+        return PruningPlan(self.stages + other.stages, self.provenance + other.provenance)
 
-    @property
-    def changes_something(self) -> bool:
-        """Whether any unit is removed or implanted."""
-        return any(a != KEEP for g in self for a in g.actions)
+    def renamed(self, rename: Callable[[str], str]) -> "PruningPlan":
+        """Return the same plan for a model in which modules and tensors have other names.
+
+        Args:
+            rename: Maps a dotted name to the other one.
+
+        Returns:
+            The plan with the same stages and provenance.
+        """
+        return PruningPlan(tuple(tuple(g.renamed(rename) for g in stage) for stage in self.stages), self.provenance)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the plan as plain JSON values."""
         return {
             "format": FORMAT_VERSION,
-            "stages": [[_group_to_dict(g) for g in stage] for stage in self.stages],
-            "provenance": dict(self.provenance),
+            "stages": [
+                {"groups": [_group_to_dict(g) for g in stage], "provenance": copy.deepcopy(dict(origin))}
+                for stage, origin in zip(self.stages, self.provenance, strict=True)
+            ],
         }
 
     @classmethod
@@ -140,27 +179,32 @@ class PruningPlan:
             raise PlanFormatError(
                 f"the plan has format {version}, this hap_hf reads up to {FORMAT_VERSION}; upgrade hap_hf"
             )
-        stages = items(plan.get("stages"), "plan.stages", MAX_STAGES)
-        provenance = typed(plan.get("provenance", {}), dict, "plan.provenance")
-        if len(provenance) > _MAX_PROVENANCE or not all(
-            isinstance(k, str) and (v is None or isinstance(v, str) or (isinstance(v, (int, float)) and abs(v) < 1e300))
-            for k, v in provenance.items()
-        ):
-            raise PlanFormatError(
-                f"plan.provenance must be a flat mapping of at most {_MAX_PROVENANCE} finite JSON scalars"
-            )
+        entries = items(plan.get("stages"), "plan.stages", MAX_STAGES)
+        if version == 1:  # stages were lists of groups, with one provenance for all of them
+            origins: list[object] = [*({} for _ in entries[1:]), plan.get("provenance", {})]
+            groups_of = [(entry, f"plan.stages[{i}]") for i, entry in enumerate(entries)]
+        else:
+            stages = [typed(entry, dict, f"plan.stages[{i}]") for i, entry in enumerate(entries)]
+            origins = [stage.get("provenance", {}) for stage in stages]
+            groups_of = [(stage.get("groups"), f"plan.stages[{i}].groups") for i, stage in enumerate(stages)]
+        provenance = [
+            json_object(origin, f"the provenance of plan.stages[{i}]", MAX_PROVENANCE)
+            for i, origin in enumerate(origins[: len(entries)])
+        ]
+        # For the whole plan: many groups, each of a legal size, would add up.
         room = MAX_UNITS
         parsed: list[tuple[GroupPlan, ...]] = []
-        for i, stage in enumerate(stages):
-            groups: dict[str, GroupPlan] = {}
-            for j, entry in enumerate(items(stage, f"plan.stages[{i}]", MAX_GROUPS)):
-                group = _group_from_dict(entry, f"plan.stages[{i}][{j}]", room)
+        for stage, where in groups_of:
+            found: dict[str, GroupPlan] = {}
+            for j, entry in enumerate(items(stage, where, MAX_GROUPS)):
+                group = _group_from_dict(entry, f"{where}[{j}]", room)
                 room -= group.group.num_units
-                if group.group.name in groups:
-                    raise PlanFormatError(f"plan.stages[{i}] has two groups of the name {short(group.group.name)}")
-                groups[group.group.name] = group
-            parsed.append(tuple(groups.values()))
-        return cls(tuple(parsed), dict(provenance))
+                # Scores, reports and decisions know groups by their names.
+                if group.group.name in found:
+                    raise PlanFormatError(f"{where} has two groups of the name {short(group.group.name)}")
+                found[group.group.name] = group
+            parsed.append(tuple(found.values()))
+        return cls(tuple(parsed), tuple(provenance))
 
 
 def _group_to_dict(plan: GroupPlan) -> dict[str, Any]:
@@ -179,6 +223,7 @@ def _group_to_dict(plan: GroupPlan) -> dict[str, Any]:
 
 
 def _group_from_dict(data: object, where: str, most_units: int) -> GroupPlan:
+    """Return one group and its actions, of at most ``most_units`` units, after checking every value."""
     entry = typed(data, dict, where)
     num_units = number(entry.get("units"), f"{where}.units", 1, most_units)
     name = typed(entry.get("name"), str, f"{where}.name")
@@ -204,6 +249,7 @@ def _group_from_dict(data: object, where: str, most_units: int) -> GroupPlan:
     group = Group(name, kind, num_units, slices, tuple(counters), core_macs, may_be_empty)
     actions = decode_actions(entry.get("actions"), num_units, where)
     ranks = typed(entry.get("ranks", {}), dict, f"{where}.ranks")
+    # Otherwise there would be units of which neither the weight nor an implant has the rows.
     if (IMPLANT in actions) != bool(ranks):
         raise PlanFormatError(f"{where} must have ranks exactly when units are implanted")
     shapes = group.implant_shapes(actions.count(IMPLANT))
@@ -215,6 +261,7 @@ def _group_from_dict(data: object, where: str, most_units: int) -> GroupPlan:
 
 
 def _slice_from_list(data: object, num_units: int, where: str) -> Slice:
+    """Return one slice, which has room for all units of its group, after checking every value."""
     tensor, shape, dim, offset, width, role, uses = fixed_items(data, 7, where)
     sizes = tuple(number(n, f"{where} shape", 0, MAX_SIZE) for n in items(shape, f"{where} shape", _MAX_DIMS))
     checked_dim = number(dim, f"{where} dim", 0, max(len(sizes) - 1, 0))
@@ -234,42 +281,3 @@ def _slice_from_list(data: object, num_units: int, where: str) -> Slice:
         member(role, Role, f"{where} role"),
         real(uses, f"{where} uses"),
     )
-
-
-def encode_actions(actions: str) -> str:
-    """Return ``actions`` with runs of two or more written as a count and a letter, as in ``"3kip12k"``."""
-    runs = ((letter, len(list(run))) for letter, run in groupby(actions))
-    return "".join(f"{count}{letter}" if count > 1 else letter for letter, count in runs)
-
-
-def decode_actions(data: object, num_units: int, where: str = "plan") -> str:
-    """Return the letters that ``encode_actions`` wrote.
-
-    Args:
-        data: The coded string.
-        num_units: Number of letters expected; nothing longer is ever built.
-        where: Place in the plan, for the message.
-
-    Returns:
-        One letter for each unit.
-
-    Raises:
-        PlanFormatError: If the string is malformed or does not hold exactly ``num_units`` letters.
-    """
-    text = typed(data, str, f"{where}.actions")
-    parts, total, position = [], 0, 0
-    while position < len(text):
-        match = _RUN.match(text, position)
-        if match is None:
-            raise PlanFormatError(
-                f"{where}.actions is malformed at character {position}: {text[position : position + 20]!r}"
-            )
-        count = int(match[1] or 1)
-        total += count
-        if count == 0 or total > num_units:
-            break
-        parts.append(match[2] * count)
-        position = match.end()
-    if total != num_units or position < len(text):
-        raise PlanFormatError(f"{where}.actions must describe exactly {num_units} units")
-    return "".join(parts)

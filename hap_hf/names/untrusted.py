@@ -11,6 +11,8 @@ _E = TypeVar("_E", bound=StrEnum)
 
 MAX_SIZE = 2**31
 _MAX_NAME = 1000
+# Each level is a nested call, and a deep document would exhaust Python's stack.
+_MAX_DEPTH = 4
 _NAME = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")
 
 
@@ -151,6 +153,7 @@ def dotted_name(value: object, where: str) -> str:
         PlanFormatError: If it is no string, too long, or holds other characters.
     """
     name = typed(value, str, f"{where} name")
+    # Surgery follows these names from module to module, and messages print them.
     if len(name) > _MAX_NAME or _NAME.fullmatch(name) is None:
         raise PlanFormatError(f"{where}: {short(name)} is no dotted tensor or attribute name")
     return name
@@ -166,3 +169,36 @@ def short(value: object) -> str:
         A printable form of bounded length.
     """
     return repr(value[:60] if isinstance(value, str) else type(value).__name__)
+
+
+def json_object(value: object, where: str, most: int) -> dict[str, Any]:
+    """Return a copy of ``value`` if it is a mapping of a bounded number of plain, finite JSON values.
+
+    Args:
+        value: The value to check.
+        where: Place in the document, for the message.
+        most: Largest number of values in it, those inside of others included.
+
+    Returns:
+        The mapping.
+
+    Raises:
+        PlanFormatError: If it is no mapping, holds more values, or something that JSON has no word for.
+    """
+    left = most + 1  # the mapping itself is none of its values
+
+    def copied(inner: object, depth: int) -> Any:
+        nonlocal left
+        left -= 1
+        if left < 0 or depth > _MAX_DEPTH:
+            raise PlanFormatError(f"{where} must hold at most {most} values, at most {_MAX_DEPTH} levels deep")
+        if isinstance(inner, dict) and all(isinstance(key, str) for key in inner):
+            return {key: copied(item, depth + 1) for key, item in inner.items()}
+        if isinstance(inner, list):
+            return [copied(item, depth + 1) for item in inner]
+        if inner is None or isinstance(inner, str) or (isinstance(inner, (int, float)) and abs(inner) < 1e300):
+            return inner
+        raise PlanFormatError(f"{where} must hold finite JSON values under names, got a {type(inner).__name__}")
+
+    copy: dict[str, Any] = copied(typed(value, dict, where), 0)
+    return copy

@@ -5,18 +5,18 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
-from hap_hf.criteria import Scores
-from hap_hf.criteria.stopping import near_threshold
-from hap_hf.names.footprint import footprint, whole_footprint
+from hap_hf.discovery import LeftWhole
+from hap_hf.errors import ConfigError
 from hap_hf.names.group import Kind
-from hap_hf.names.plan import IMPLANT, KEEP, PRUNE, GroupPlan, PruningPlan
-from hap_hf.report.size import ModelSize, measure_size
+from hap_hf.names.plan import PruningPlan
+from hap_hf.report.files import write_whole
+from hap_hf.report.size import ModelSize
 from hap_hf.report.tables import markdown, plain_text
-
-__all__ = ["GroupReport", "ModelSize", "PruningReport", "make_report", "measure_size"]
+from hap_hf.report.words import counts, exact, share, size_cells
 
 _COLUMNS = ("group", "units", "parameters left", "MACs left", "uncertain")
 
@@ -49,10 +49,17 @@ class GroupReport:
     before: ModelSize
     after: ModelSize
 
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Return what ``to_dict`` of a report said of one group."""
+        given = {name: value for name, value in values.items() if name != "summary"}  # which follows from the others
+        sizes = {name: _size(values[name]) for name in ("before", "after")}
+        return cls(**{**given, **sizes, "kind": Kind(values["kind"])})
+
     @property
     def summary(self) -> str:
         """The heads or the width, as in ``heads 12 -> 7 (+2 implants)``: 7 are kept, 2 implanted, 3 removed."""
-        return f"{self.kind.value} {_counts(self.units, self.kept, self.implanted)}"
+        return f"{self.kind.value} {counts(self.units, self.kept, self.implanted)}"
 
 
 @dataclass(frozen=True)
@@ -67,7 +74,10 @@ class PruningReport:
         prunable_after: Size of that part after.
         threshold: Sensitivity (per cost, if so ranked) of the least sensitive unit above the cut; None if unknown.
         negative_share: Share of scored units with a negative sensitivity; None without scores.
-        seconds: Wall-clock time of each stage.
+        asked: What was asked for, in words; empty if unknown.
+        method: How units were scored, in words; empty if unknown.
+        left_whole: What could not be removed, and why.
+        seconds: Wall-clock time of each step.
         plan: The plan that was applied.
     """
 
@@ -78,13 +88,11 @@ class PruningReport:
     prunable_after: ModelSize
     threshold: float | None
     negative_share: float | None
+    asked: str = ""
+    method: str = ""
+    left_whole: tuple[LeftWhole, ...] = ()
     seconds: Mapping[str, float] = field(default_factory=dict)
     plan: PruningPlan = field(default=PruningPlan(()), repr=False)
-
-    @property
-    def provenance(self) -> Mapping[str, str | int | float | bool | None]:
-        """How the plan came about."""
-        return self.plan.provenance
 
     @property
     def uncertain_units(self) -> int | None:
@@ -104,16 +112,71 @@ class PruningReport:
         members = [g for g in self.groups if g.kind is kind]
         return sum(g.units for g in members), sum(g.kept for g in members), sum(g.implanted for g in members)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return everything as JSON values; numbers that are not finite become None."""
+    def to_dict(self, *, with_plan: bool = False) -> dict[str, Any]:
+        """Return everything as JSON values; numbers that are not finite become None.
+
+        Args:
+            with_plan: Whether the plan is in it, too, which a checkpoint carries anyway.
+
+        Returns:
+            The values.
+        """
+        # asdict would take the plan apart, which has a form of its own and is long.
         result = asdict(replace(self, plan=PruningPlan(())))
-        del result["plan"]  # the checkpoint carries it
-        result["provenance"] = dict(self.provenance)
+        del result["plan"]
         for entry, group in zip(result["groups"], self.groups, strict=True):
             entry["summary"] = group.summary
         result["uncertain_units"] = self.uncertain_units
+        result["provenance"] = [dict(origin) for origin in self.plan.provenance]
         cleaned: dict[str, Any] = _jsonable(result)
-        return cleaned
+        return {**cleaned, "plan": self.plan.to_dict()} if with_plan else cleaned
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Return the report that ``to_dict`` described; without a plan if it had none.
+
+        Args:
+            values: The values, such as those of ``pruning_report.json``.
+
+        Returns:
+            The report.
+
+        Raises:
+            ConfigError: If they are not those of a report.
+        """
+        try:
+            return cls(
+                groups=tuple(GroupReport.from_dict(g) for g in values["groups"]),
+                before=_size(values["before"]),
+                after=_size(values["after"]),
+                prunable_before=_size(values["prunable_before"]),
+                prunable_after=_size(values["prunable_after"]),
+                seconds={name: _number(x) for name, x in values["seconds"].items()},
+                left_whole=tuple(
+                    LeftWhole(tuple(w["names"]), w["reason"], None if w["kind"] is None else Kind(w["kind"]))
+                    for w in values.get("left_whole", ())
+                ),
+                # The file beside a checkpoint has none, as the checkpoint carries it.
+                plan=PruningPlan.from_dict(values["plan"]) if "plan" in values else PruningPlan(()),
+                **{n: values[n] for n in ("threshold", "negative_share")},
+                **{n: values.get(n, "") for n in ("asked", "method")},
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise ConfigError(
+                f"expected the values of a pruning report, got some without {error}; read pruning_report.json"
+            ) from error
+
+    @classmethod
+    def load(cls, directory: str | os.PathLike[str]) -> Self:
+        """Return the report that :meth:`save` wrote to a folder.
+
+        Args:
+            directory: Folder with ``pruning_report.json``.
+
+        Returns:
+            The report, without the plan, which the checkpoint carries.
+        """
+        return cls.from_dict(json.loads((Path(directory) / "pruning_report.json").read_text(encoding="utf-8")))
 
     def to_log(self) -> dict[str, float]:
         """Return the main numbers under flat names, for a Trainer's log."""
@@ -122,8 +185,8 @@ class PruningReport:
             "prune_params": self.after.params,
             "prune_macs_before": self.before.macs,
             "prune_macs": self.after.macs,
-            "prune_prunable_params_kept": _share(self.prunable_after.params, self.prunable_before.params),
-            "prune_prunable_macs_kept": _share(self.prunable_after.macs, self.prunable_before.macs),
+            "prune_prunable_params_kept": share(self.prunable_after.params, self.prunable_before.params),
+            "prune_prunable_macs_kept": share(self.prunable_after.macs, self.prunable_before.macs),
             "prune_threshold": self.threshold,
             "prune_uncertain_units": self.uncertain_units,
             "prune_negative_share": self.negative_share,
@@ -133,6 +196,7 @@ class PruningReport:
             units, kept, implanted = self.units(kind)
             if units:
                 values |= {f"prune_{kind.value}_kept": kept, f"prune_{kind.value}_implanted": implanted}
+        # Loggers take numbers, and some fail on NaN.
         return {name: value for name, value in values.items() if value is not None and math.isfinite(value)}
 
     def to_markdown(self) -> str:
@@ -156,39 +220,28 @@ class PruningReport:
             "pruning_report.md": self.to_markdown(),
         }
         for name, text in texts.items():
-            draft = folder / f"{name}.tmp"
-            try:
-                draft.write_text(text, encoding="utf-8")
-                draft.replace(folder / name)
-            finally:
-                draft.unlink(missing_ok=True)
+            write_whole(folder / name, partial(Path.write_text, data=text, encoding="utf-8"))
 
     def _rows(self) -> list[tuple[str, ...]]:
         rows: list[tuple[str, ...]] = [
-            (g.name, g.summary, *_size_cells(g.before, g.after), "" if g.uncertain is None else f"{g.uncertain:,}")
+            (g.name, g.summary, *size_cells(g.before, g.after), "" if g.uncertain is None else f"{g.uncertain:,}")
             for g in self.groups
         ]
         uncertain = "" if self.uncertain_units is None else f"{self.uncertain_units:,}"
         # One short line a kind, as heads and neurons do not add up.
-        units = ", ".join(f"{kind.value} {_counts(*self.units(kind))}" for kind in Kind if self.units(kind)[0])
-        rows.append(("prunable part", "", *_size_cells(self.prunable_before, self.prunable_after), uncertain))
-        rows.append(("whole model", units, *_size_cells(self.before, self.after), ""))
+        units = ", ".join(f"{kind.value} {counts(*self.units(kind))}" for kind in Kind if self.units(kind)[0])
+        rows.append(("prunable part", "", *size_cells(self.prunable_before, self.prunable_after), uncertain))
+        rows.append(("whole model", units, *size_cells(self.before, self.after), ""))
         return rows
 
     def _facts(self) -> list[tuple[str, str]]:
-        p = self.provenance
-        asked = [f"{k}={p[k]}" for k in ("prune_ratio", "target_params", "target_macs") if p.get(k) is not None]
-        asked += [f"{k}={p[k]}" for k in ("implant_ratio", "implant_cost", "implant_init") if p.get("implant_ratio")]
-        scored = [f"{p[k]} {name}" for k, name in (("num_probes", "probes"), ("num_batches", "batches")) if p.get(k)]
-        if p.get("settled") is not None:
-            scored.append("stopped by stop_share" if p["settled"] else "as many as allowed, stop_share not met")
         facts = [
-            ("parameters", _exact(self.before.params, self.after.params)),
-            ("MACs per sample", _exact(self.before.macs, self.after.macs)),
-            ("prunable parameters", _exact(self.prunable_before.params, self.prunable_after.params)),
-            ("prunable MACs per sample", _exact(self.prunable_before.macs, self.prunable_after.macs)),
-            ("asked for", ", ".join(asked)),
-            ("method", ", ".join([str(p.get("method") or ""), *scored])),
+            ("parameters", exact(self.before.params, self.after.params)),
+            ("MACs per sample", exact(self.before.macs, self.after.macs)),
+            ("prunable parameters", exact(self.prunable_before.params, self.prunable_after.params)),
+            ("prunable MACs per sample", exact(self.prunable_before.macs, self.prunable_after.macs)),
+            ("asked for", self.asked),
+            ("method", self.method),
         ]
         if self.threshold is not None:
             facts.append(("threshold", f"{self.threshold:.4g}"))
@@ -196,111 +249,22 @@ class PruningReport:
             facts.append(("within two standard errors of the threshold", f"{self.uncertain_units:,} units"))
         if self.negative_share is not None:
             facts.append(("negative sensitivities", f"{self.negative_share:.1%}"))
+        facts += [("left whole", str(entry)) for entry in self.left_whole]
         facts.append(("seconds", ", ".join(f"{name} {value:.1f}" for name, value in self.seconds.items())))
         return [(name, text) for name, text in facts if text]
 
 
-def make_report(
-    plan: PruningPlan, scores: Scores | None, before: ModelSize, after: ModelSize, seconds: Mapping[str, float]
-) -> PruningReport:
-    """Put together what a plan did.
-
-    Args:
-        plan: The plan that was applied.
-        scores: What it was made from; None for a plan from disk.
-        before: Size of the model before.
-        after: Size of the model after.
-        seconds: Wall-clock time of each stage.
-
-    Returns:
-        The report.
-    """
-    value = plan.provenance.get("threshold")
-    threshold = float(value) if isinstance(value, (int, float)) and math.isfinite(value) else None
-    patterns = str(plan.provenance.get("exclude") or "").split()
-    kinds = str(plan.provenance.get("kinds") or " ".join(Kind)).split()
-    chosen = [g.group.kind.value in kinds and not any(g.group.matches(p) for p in patterns) for g in plan]
-    # What was not to be pruned had no decision to be uncertain about.
-    per = str(plan.provenance.get("per"))
-    groups = tuple(_group_report(g, scores if c else None, threshold, per) for g, c in zip(plan, chosen, strict=True))
-    # The stages of a composed plan cut the same part again: it is whole before the first and small after the last.
-    first = plan.stages[0] if plan.stages else ()
-    prunable = whole_footprint(g.group for g, wanted in zip(first, chosen, strict=False) if wanted)
-    left = prunable
-    for stage in plan.stages:
-        left -= whole_footprint(g.group for g in stage) - footprint(stage)
-    return PruningReport(
-        groups=groups,
-        before=before,
-        after=after,
-        prunable_before=ModelSize(round(prunable.params), prunable.macs),
-        prunable_after=ModelSize(round(left.params), left.macs),
-        threshold=threshold,
-        negative_share=scores.negative_share if scores is not None and scores.sensitivity else None,
-        seconds=dict(seconds),
-        plan=plan,
-    )
+def _number(value: float | None) -> float:
+    """Return a number that JSON had no word for, if it was not finite, as NaN."""
+    return math.nan if value is None else value
 
 
-def _group_report(plan: GroupPlan, scores: Scores | None, threshold: float | None, per: str) -> GroupReport:
-    group = plan.group
-    uncertain = negative = None
-    sensitivity = scores.sensitivity.get(group.name) if scores is not None else None
-    # A composed plan names a group once a stage; scores are those of one stage.
-    if scores is not None and sensitivity is not None and len(sensitivity) == group.num_units:
-        negative = int((sensitivity < 0).sum())
-        error = scores.standard_error.get(group.name)
-        if threshold is not None and error is not None:
-            limit = threshold * group.unit_cost(per if per in {"params", "macs"} else None)
-            uncertain = int(near_threshold(sensitivity, error, limit).sum())
-    whole = GroupPlan(group, KEEP * group.num_units)
-    kept, implanted, removed = (plan.actions.count(a) for a in (KEEP, IMPLANT, PRUNE))
-    return GroupReport(
-        group.name,
-        group.kind,
-        group.num_units,
-        kept,
-        implanted,
-        removed,
-        uncertain,
-        negative,
-        ModelSize(whole.params, whole.macs),
-        ModelSize(plan.params, plan.macs),
-    )
-
-
-def _counts(units: int, kept: int, implanted: int) -> str:
-    implants = f" (+{implanted:,} implant{'s' if implanted > 1 else ''})" if implanted else ""
-    return f"{units:,} -> {kept:,}{implants}"
-
-
-def _size_cells(before: ModelSize, after: ModelSize) -> tuple[str, str]:
-    return (
-        f"{_short(after.params)}{_percent(after.params, before.params)}",
-        f"{_short(after.macs)}{_percent(after.macs, before.macs)}",
-    )
-
-
-def _exact(before: float, after: float) -> str:
-    return f"{before:,.0f} -> {after:,.0f}{_percent(after, before)}"
-
-
-def _short(value: float) -> str:
-    for size, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if value >= size:
-            return f"{value / size:.2f} {letter}"
-    return f"{value:,.0f}"
-
-
-def _share(part: float, whole: float) -> float | None:
-    return part / whole if whole else None
-
-
-def _percent(part: float, whole: float) -> str:
-    return f" ({part / whole:.1%})" if whole else ""
+def _size(values: Mapping[str, Any]) -> ModelSize:
+    return ModelSize(values["params"], _number(values["macs"]))
 
 
 def _jsonable(value: Any) -> Any:
+    """Return a value as JSON has it, which knows neither NaN nor infinity: those become None."""
     if isinstance(value, Mapping):
         return {str(k): _jsonable(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):

@@ -1,6 +1,6 @@
 """How large a model is: parameters, and multiply-accumulates that a batch takes."""
 
-from collections.abc import Generator, Mapping
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from hap_hf.errors import BatchError
-from hap_hf.evidence.batches import batch_size, call, move_to_model
+from hap_hf.evidence.batches import as_batch, batch_size, call, move_to_model
 from hap_hf.model.state import preserved
 
 
@@ -28,15 +28,16 @@ class ModelSize:
     macs: float
 
 
-def measure_size(model: nn.Module, batch: Mapping[str, Any]) -> ModelSize:
+def measure_size(model: nn.Module, batch: Any) -> ModelSize:
     """Count the parameters of ``model`` and its multiply-accumulates per sample of ``batch``.
 
     Counted are matrix products, convolutions and the two products of attention, whatever implements it: fused kernels
     are replaced by plain ones for this one pass. The model is left as found.
 
     Args:
-        model: The model.
-        batch: Keyword arguments of its forward; a sample is one entry of its first tensor.
+        model: Any model that runs on the batch.
+        batch: Keyword arguments of its forward, or a pair of inputs and labels; a sample is one entry of its first
+            tensor.
 
     Returns:
         Both numbers.
@@ -44,12 +45,14 @@ def measure_size(model: nn.Module, batch: Mapping[str, Any]) -> ModelSize:
     Raises:
         BatchError: If the batch holds no tensor with samples.
     """
+    batch = as_batch(model, batch)
     if not any(isinstance(v, Tensor) and v.dim() for v in batch.values()) or not batch_size(batch):
         raise BatchError(
             f"expected a batch with a tensor of at least one sample, got {sorted(map(str, batch))} without; "
             "pass a mapping of argument names to tensors, as a Hugging Face collator gives it"
         )
     counter = FlopCounterMode(display=False)
+    # The counter knows operators: a fused one would count as nothing.
     with preserved(model), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), _without_fused_layers(), counter:
         call(model, move_to_model(model, batch))
     # The counter counts a multiply-accumulate as two operations.
@@ -59,6 +62,7 @@ def measure_size(model: nn.Module, batch: Mapping[str, Any]) -> ModelSize:
 @contextmanager
 def _without_fused_layers() -> Generator[None, None, None]:
     """Keep torch's own transformer layers from running as one op, which no counter sees into."""
+    # A switch of the whole process, so it must go back to where it was.
     enabled = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:

@@ -53,7 +53,7 @@ def plain_text(facts: Facts, columns: Sequence[str], rows: Rows, *, num_totals: 
     for name, text in facts:
         listed.add_row(Text(name), Text(_printable(text)))
     output = StringIO()
-    Console(file=output, width=width, color_system=None, force_terminal=False).print(table, listed)
+    Console(file=output, width=width, color_system=None, force_terminal=False, force_jupyter=False).print(table, listed)
     return "\n".join(line.rstrip() for line in output.getvalue().splitlines())
 
 

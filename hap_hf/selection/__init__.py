@@ -1,6 +1,7 @@
 """Which units go: one ranking of all units, cut at a ratio or at a budget, in one round or several."""
 
 from hap_hf.selection.make import make_plan, select_groups
-from hap_hf.selection.passes import score_in_passes
+from hap_hf.selection.passes import score_groups, score_in_passes
+from hap_hf.selection.rounds import Round, config_of_round
 
-__all__ = ["make_plan", "score_in_passes", "select_groups"]
+__all__ = ["Round", "config_of_round", "make_plan", "score_groups", "score_in_passes", "select_groups"]

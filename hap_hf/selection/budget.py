@@ -1,18 +1,16 @@
-"""Meeting a budget in parameters or multiply-accumulates: how many units go, so that the rest just fits."""
+"""Meeting a budget in any currency: how many units go, so that the rest just fits."""
 
-import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from hap_hf.errors import ConfigError
-from hap_hf.names.footprint import Footprint, core_macs, cuts_by_tensor, footprint, tensor_footprint
-from hap_hf.names.group import Slice
-from hap_hf.names.plan import IMPLANT, KEEP, PRUNE, GroupPlan
+from hap_hf.names.actions import IMPLANT, KEEP, PRUNE
+from hap_hf.names.amount import Amount, fewest_cut
+from hap_hf.names.outcome import whole
+from hap_hf.names.plan import GroupPlan
 from hap_hf.selection.ranking import Ranking, Split, implants
-
-logger = logging.getLogger(__name__)
 
 TOLERANCE = 0.01
 """Share of the prunable part by which a budget may be missed from below."""
@@ -20,31 +18,37 @@ TOLERANCE = 0.01
 
 @dataclass(frozen=True, eq=False)
 class Budget:
-    """A share of the prunable parameters or multiply-accumulates to keep.
+    """A share to keep of what the units that compete cost, in any currency.
 
     Args:
         ranking: The units that compete.
-        setting: ``target_params`` or ``target_macs``.
-        target: The share.
+        amount: The share, and the currency.
     """
 
     ranking: Ranking
-    setting: str
-    target: float
+    amount: Amount
 
     @cached_property
-    def _cuts(self) -> Mapping[str, list[tuple[Slice, int]]]:
-        return cuts_by_tensor(self.ranking.groups)
-
-    @property
     def whole(self) -> float:
         """What all groups cost before anything is cut."""
-        return self.total([Split()] * len(self.ranking.groups))
+        return self.amount.what.cost(whole(self.ranking.groups))
 
-    def _number(self, amount: Footprint) -> float:
-        return amount.params if self.setting == "target_params" else amount.macs
+    @cached_property
+    def _neighbours(self) -> list[list[int]]:
+        """For each group the positions of the others that cut the same tensors."""
+        # What a tensor costs is a product where two groups cut it along two dimensions: a unit of one costs less the
+        # more of the other are gone. So groups that share tensors are always counted together, and no others need be.
+        holders: dict[str, set[int]] = defaultdict(set)
+        for index, group in enumerate(self.ranking.groups):
+            for s in group.slices:
+                holders[s.tensor].add(index)
+        return [
+            sorted({other for s in group.slices for other in holders[s.tensor]} - {index})
+            for index, group in enumerate(self.ranking.groups)
+        ]
 
     def _plan(self, index: int, split: Split) -> GroupPlan:
+        """Return a plan of a group that costs as much as one with this split."""
         group, config = self.ranking.groups[index], self.ranking.config
         # The cost does not depend on which units go, so no permutation is needed.
         letters = PRUNE * split.pruned + IMPLANT * split.implanted
@@ -60,19 +64,12 @@ class Budget:
             split: How many of its units go then.
 
         Returns:
-            Parameters, or multiply-accumulates per sample.
+            The difference, in the currency of the amount.
         """
-        tensors = {s.tensor for s in self.ranking.groups[index].slices}
-        new, old = self._plan(index, split), self._plan(index, splits[index])
-        others = {i for t in tensors for _, i in self._cuts[t]} - {index}
-        plans = {i: self._plan(i, splits[i]) for i in others}
-        difference = 0.0
-        for t in tensors:
-            before, after = (
-                self._number(tensor_footprint([(s, plans.get(i, own)) for s, i in self._cuts[t]])) for own in (old, new)
-            )
-            difference += after - before
-        return difference + (core_macs(new) - core_macs(old) if self.setting == "target_macs" else 0.0)
+        # What the neighbours cost elsewhere is the same before and after.
+        others = [self._plan(i, splits[i]) for i in self._neighbours[index]]
+        before, after = (self.amount.what.cost([self._plan(index, s), *others]) for s in (splits[index], split))
+        return after - before
 
     def total(self, splits: Sequence[Split]) -> float:
         """Return what all groups cost.
@@ -81,62 +78,70 @@ class Budget:
             splits: How many units of each group go.
 
         Returns:
-            Parameters, or multiply-accumulates per sample.
+            The cost, in the currency of the amount.
         """
-        return self._number(footprint(self._plan(index, split) for index, split in enumerate(splits)))
+        return self.amount.what.cost([self._plan(index, split) for index, split in enumerate(splits)])
 
 
-def meet_budget(budget: Budget) -> tuple[int, list[Split]]:
+@dataclass(frozen=True)
+class Met:
+    """How a budget is met.
+
+    Args:
+        cut: Number of units below the threshold.
+        splits: How each group is split.
+        notes: What people should know about it.
+    """
+
+    cut: int
+    splits: list[Split]
+    notes: tuple[str, ...] = ()
+
+
+def meet_budget(budget: Budget) -> Met | str:
     """Return the cut whose result is as large as the budget allows.
 
     Bisection finds the number of units to cut; then the most sensitive cut units come back one by one while they fit.
 
     Args:
-        budget: The budget.
+        budget: The units that compete, and what may be left of them.
 
     Returns:
-        Number of units below the threshold, and how each group is split.
-
-    Raises:
-        ConfigError: If the groups cost nothing, or even the largest cut leaves more than the budget.
+        How it is met, or why it cannot be: the groups cost nothing, or even the largest cut leaves more.
     """
-    ranking, whole = budget.ranking, budget.whole
-    if not whole:
-        raise ConfigError(
-            f"{budget.setting}={budget.target} needs groups that carry MACs, got {len(ranking.groups)} groups with "
-            "none; find them with an example batch that runs their layers"
+    ranking, amount, all_of_it = budget.ranking, budget.amount, budget.whole
+    if not all_of_it:
+        return (
+            f"{amount} needs groups that cost some {amount.what.name}, got {len(ranking.groups)} groups with none; "
+            "find them with an example batch that runs their layers"
         )
-    limit = budget.target * whole
-    low, high = 0, ranking.total - 1  # the most sensitive unit of all is the best of its group and always stays
-    smallest = budget.total(ranking.splits(high))
+    limit = amount.keep * all_of_it
+    most = ranking.total - 1  # the most sensitive unit of all is the best of its group and always stays
+    smallest = budget.total(ranking.splits(most))
     if smallest > limit:
         config = ranking.config
-        raise ConfigError(
-            f"{budget.setting}={budget.target} cannot be reached: with max_group_ratio={config.max_group_ratio}, "
+        return (
+            f"{amount} cannot be reached: with max_group_ratio={config.max_group_ratio}, "
             f"implant_ratio={config.implant_ratio} and round_to={config.round_to} the smallest share of the prunable "
-            f"part is {math.ceil(1e4 * smallest / whole) / 1e4}; ask for no less, or loosen these settings"
+            f"part is {math.ceil(1e4 * smallest / all_of_it) / 1e4}; ask for no less, or loosen these settings"
         )
-    while high - low > 1:
-        middle = (low + high) // 2
-        if budget.total(ranking.splits(middle)) > limit:
-            low = middle
-        else:
-            high = middle
-    splits = ranking.splits(high)
+    # The cost may rise where one more cut unit makes an implant worth its weights. What bisection returns fits all the
+    # same, and if it cuts too much, that comes back below.
+    cut = fewest_cut(lambda number: budget.total(ranking.splits(number)), limit, most)
+    splits = ranking.splits(cut)
+    # Pruned units first, although implanted ones are more sensitive: these still have their implant.
     _restore_pruned(budget, splits, limit - budget.total(splits))
     _restore_implanted(budget, splits, limit - budget.total(splits))
-    if limit - budget.total(splits) > TOLERANCE * whole:
-        _exchange(budget, splits, limit - budget.total(splits), TOLERANCE * whole)
-    reached = budget.total(splits) / whole
-    if budget.target - reached > TOLERANCE:
-        logger.warning(
-            "%s=%s: the plan keeps %.4f of the prunable part, over %s below, because single units are larger than that",
-            budget.setting,
-            budget.target,
-            reached,
-            TOLERANCE,
-        )
-    return high, splits
+    if limit - budget.total(splits) > TOLERANCE * all_of_it:
+        _exchange(budget, splits, limit - budget.total(splits), TOLERANCE * all_of_it)
+    reached = budget.total(splits) / all_of_it
+    if amount.keep - reached <= TOLERANCE:
+        return Met(cut, splits)
+    note = (
+        f"{amount}: the plan keeps {reached:.4f} of the prunable part, over {TOLERANCE} below, because single "
+        "units are larger than that"
+    )
+    return Met(cut, splits, (note,))
 
 
 def _restore_pruned(budget: Budget, splits: list[Split], room: float) -> None:
@@ -148,13 +153,16 @@ def _restore_pruned(budget: Budget, splits: list[Split], room: float) -> None:
     full: set[int] = set()
     for index, place in reversed(ranking.ascending):
         pruned, implanted = splits[index]
+        # The first `pruned` places of a group are its pruned units: any other is there already.
         if place >= pruned or index in full:
             continue
         survivors = ranking.groups[index].num_units - pruned
+        # As many at a time as `round_to` asks for.
         step = ranking.width_above(index, survivors + 1) - survivors
         split = Split(pruned - step, implanted)
         cost = budget.change(splits, index, split)
         if cost > room:
+            # The next unit of the group costs as much, and room only shrinks.
             full.add(index)
             continue
         splits[index] = split
@@ -189,6 +197,7 @@ def _exchange(budget: Budget, splits: list[Split], room: float, largest: float) 
     ranking = budget.ranking
 
     def grown(index: int) -> Split:
+        """Return the split of a group after the smallest step back: one unit, or as many as ``round_to`` asks for."""
         n, (pruned, implanted) = ranking.groups[index].num_units, splits[index]
         return Split(n - ranking.width_above(index, n - pruned + 1), implanted)
 
@@ -198,12 +207,14 @@ def _exchange(budget: Budget, splits: list[Split], room: float, largest: float) 
     coarse = min(changes, key=changes.__getitem__)
     new = list(splits)
     new[coarse] = grown(coarse)
+    # The unit that came back is not cut again below: it did not fit into the room, which is more than `largest`.
     over = changes[coarse] - room
     for index, place in ranking.ascending:
         if over <= 0:
             splits[:] = new
             return
         pruned, implanted = new[index]
+        # Counts decide which units go: one that is above the cut stands for the next one of its group.
         if place < pruned + implanted:
             continue
         survivors = ranking.groups[index].num_units - pruned

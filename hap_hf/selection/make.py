@@ -2,30 +2,87 @@
 
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 from hap_hf.config import HapConfig
 from hap_hf.criteria import Scores
 from hap_hf.errors import ConfigError
-from hap_hf.names.amount import floor_share
+from hap_hf.names.actions import KEEP
+from hap_hf.names.amount import Amount
+from hap_hf.names.currencies import floor_share
 from hap_hf.names.group import Group
-from hap_hf.names.plan import KEEP, GroupPlan, PruningPlan
+from hap_hf.names.plan import GroupPlan, PruningPlan
 from hap_hf.selection.budget import Budget, meet_budget
 from hap_hf.selection.ranking import Ranking, Split, implants
-from hap_hf.version import __version__
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which units go, before it is a plan.
+
+    Args:
+        stage: What happens to every group, those that were not selected included.
+        threshold: Sensitivity (per cost, where units are ranked by that) of the least sensitive unit above the cut.
+        notes: What people should know, each with whether it is a warning.
+    """
+
+    stage: tuple[GroupPlan, ...]
+    threshold: float
+    notes: tuple[tuple[bool, str], ...] = ()
+
+    def log(self) -> None:
+        """Say what people should know."""
+        for is_warning, note in self.notes:
+            logger.log(logging.WARNING if is_warning else logging.INFO, "%s", note)
+
+
+def choose(groups: Sequence[Group], scores: Scores, config: HapConfig, amount: Amount | None = None) -> Choice | str:
+    """Decide which units go.
+
+    Args:
+        groups: The groups of the model; those that ``config`` does not select stay whole.
+        scores: Sensitivities of at least the selected groups.
+        config: How much to cut, of what.
+        amount: How much to cut in place of what the config says, all of it removed and nothing implanted.
+
+    Returns:
+        The choice, or why it would change nothing or cannot be made.
+    """
+    if amount is not None:
+        # A pass only silences units, and an implant is not there before surgery makes it.
+        config = replace(config, implant_ratio=0.0)
+    wanted = amount or config.asked
+    ranking = Ranking.of(select_groups(groups, config), scores, config)
+    # A share of the units says how many go; what goes to meet a budget has to be searched.
+    cut = wanted.what.num_cut(wanted.keep, ranking.total)
+    if cut is None:
+        met = meet_budget(Budget(ranking, wanted))
+        if isinstance(met, str):
+            return met
+        cut, splits, notes = met.cut, met.splits, [(True, note) for note in met.notes]
+    else:
+        splits, notes = ranking.splits(cut), []
+        if not any(s.pruned or s.implanted for s in splits):
+            return _why_nothing(ranking, cut, wanted)
+    notes += _outcome(ranking, cut, splits)
+    chosen = {g.name: ranking.plan(index, splits[index]) for index, g in enumerate(ranking.groups)}
+    # Groups that stay whole are named, too: reports list them, and a decision that is loaded finds its groups here.
+    stage = tuple(chosen.get(g.name) or GroupPlan(g, KEEP * g.num_units) for g in groups)
+    return Choice(stage, ranking.values[min(cut, ranking.total - 1)].item(), tuple(notes))
 
 
 def make_plan(groups: Sequence[Group], scores: Scores, config: HapConfig) -> PruningPlan:
     """Decide what happens to every unit.
 
     All units of the selected groups are sorted together, by sensitivity or, with a budget and ``config.per_cost``, by
-    sensitivity per parameter or multiply-accumulate. Of N units the ``int(r N)`` least sensitive are cut; of those
-    the ``int((1 - q) r N)`` least sensitive are pruned and the others implanted, as in the reference code of Yu et al.,
-    "Hessian-Aware Pruning and Optimal Neural Implant", WACV 2022. With a budget, the number of cut units is searched.
-    Then each group has its say: no more than ``max_group_ratio`` of it is cut, its most sensitive unit stays, implants
-    that would not be cheaper than what they replace are pruned, and numbers of neurons and channels are
-    rounded up to ``round_to``.
+    sensitivity per cost. Of N units the ``int(r N)`` least sensitive are cut; of those the ``int((1 - q) r N)`` least
+    sensitive are pruned and the others implanted, as in the reference code of Yu et al., "Hessian-Aware Pruning and
+    Optimal Neural Implant", WACV 2022. With a budget, the number of cut units is searched. Then each group has its say:
+    no more than ``max_group_ratio`` of it is cut, its most sensitive unit stays, implants that would not be cheaper
+    than what they replace are pruned, and numbers of neurons and channels are rounded up to ``round_to``.
 
     Args:
         groups: The groups of the model, as found; those that ``config`` does not select stay whole.
@@ -33,27 +90,17 @@ def make_plan(groups: Sequence[Group], scores: Scores, config: HapConfig) -> Pru
         config: How much to cut, of what.
 
     Returns:
-        A plan of one stage, with the threshold and the settings as provenance.
+        A plan of one stage, with the settings and what came of them as provenance.
 
     Raises:
         ConfigError: If the plan would change nothing, a budget cannot be met, a pattern matches nothing, or the scores
             are those of other groups.
     """
-    ranking = Ranking.of(select_groups(groups, config), scores, config)
-    if config.prune_ratio is not None:
-        cut = floor_share(config.prune_ratio * ranking.total)
-        splits = ranking.splits(cut)
-        if not any(s.pruned or s.implanted for s in splits):
-            raise ConfigError(_why_nothing(ranking, cut))
-    else:
-        name, target = ("target_params", config.target_params)
-        if target is None:
-            name, target = "target_macs", config.target_macs
-        cut, splits = meet_budget(Budget(ranking, name, target or 0.0))
-    _log_outcome(ranking, cut, splits)
-    chosen = {g.name: ranking.plan(index, splits[index]) for index, g in enumerate(ranking.groups)}
-    stage = tuple(chosen.get(g.name) or GroupPlan(g, KEEP * g.num_units) for g in groups)
-    return PruningPlan((stage,), _provenance(scores, config, ranking.values[cut].item()))
+    choice = choose(groups, scores, config)
+    if isinstance(choice, str):
+        raise ConfigError(choice)
+    choice.log()
+    return PruningPlan((choice.stage,), (provenance(scores, config, choice.threshold),))
 
 
 def select_groups(groups: Sequence[Group], config: HapConfig) -> tuple[Group, ...]:
@@ -94,26 +141,31 @@ def select_groups(groups: Sequence[Group], config: HapConfig) -> tuple[Group, ..
     return left
 
 
-def _why_nothing(ranking: Ranking, cut: int) -> str:
+def _why_nothing(ranking: Ranking, cut: int, amount: Amount) -> str:
+    """Return why nothing would change: no unit is below the threshold, or limits of groups bring all of them back."""
     config = ranking.config
     if not cut:
-        reason = f"prune_ratio={config.prune_ratio} of {ranking.total} units is less than one unit"
+        reason = f"{amount} of {ranking.total} units is less than one unit"
     else:
+        # The rule includes the caps of groups; the other units came back by rounding widths up.
         capped = cut - sum(map(sum, ranking.rule(cut)))
         reason = (
-            f"prune_ratio={config.prune_ratio} cuts {cut} of {ranking.total} units, of which "
+            f"{amount} cuts {cut} of {ranking.total} units, of which "
             f"max_group_ratio={config.max_group_ratio} and the best unit of each group bring back {capped} "
             f"and round_to={config.round_to} brings back {cut - capped}"
         )
     return f"the plan would change nothing: {reason}; raise prune_ratio or loosen these settings"
 
 
-def _log_outcome(ranking: Ranking, cut: int, splits: Sequence[Split]) -> None:
+def _outcome(ranking: Ranking, cut: int, splits: Sequence[Split]) -> list[tuple[bool, str]]:
+    """Return what people should know of a cut, each with whether it is a warning."""
     config = ranking.config
+    # What the rule asks for, before implants that do not pay and widths change it.
     ruled = ranking.rule(cut)
     capped = cut - sum(map(sum, ruled))
+    notes = []
     if capped:
-        logger.info("%d of %d cut units stay because of max_group_ratio=%s", capped, cut, config.max_group_ratio)
+        notes.append((False, f"{capped} of {cut} cut units stay because of max_group_ratio={config.max_group_ratio}"))
     refused = [
         f"{i.tensor}: {i.shape.rows} rows of {i.shape.inputs} inputs are {i.shape.replaced} weights, "
         f"rank {i.rank} has {i.weights}"
@@ -123,47 +175,40 @@ def _log_outcome(ranking: Ranking, cut: int, splits: Sequence[Split]) -> None:
         if not i.is_cheaper
     ]
     if refused:
-        logger.info("pruned instead of implanted, as the implant would not be cheaper: %s", "; ".join(refused))
+        listed = "; ".join(refused)
+        notes.append((False, f"pruned instead of implanted, as the implant would not be cheaper: {listed}"))
     if config.implant_ratio and not any(s.implanted for s in splits):
         asked = cut - floor_share((1 - config.implant_ratio) * cut)
-        logger.warning(
-            "implant_ratio=%s of %d cut units asks for %d implants, and the plan has none: %d stay whole because "
-            "of max_group_ratio=%s; an implant of the others would not be cheaper, or has no layer that takes one%s",
-            config.implant_ratio,
-            cut,
-            asked,
-            asked - sum(s.implanted for s in ruled),
-            config.max_group_ratio,
-            "".join(f"; {line}" for line in refused),
+        kept = asked - sum(s.implanted for s in ruled)
+        note = (
+            f"implant_ratio={config.implant_ratio} of {cut} cut units asks for {asked} implants, and the plan has "
+            f"none: {kept} stay whole because of max_group_ratio={config.max_group_ratio}; an implant of the others "
+            "would not be cheaper, or has no layer that takes one"
         )
+        notes.append((True, note + "".join(f"; {line}" for line in refused)))
+    return notes
 
 
-def _provenance(scores: Scores, config: HapConfig, threshold: float) -> dict[str, str | int | float | bool | None]:
+def provenance(scores: Scores, config: HapConfig, threshold: float) -> dict[str, Any]:
+    """Return how a plan came about, for people to read.
+
+    Args:
+        scores: What it was made from.
+        config: The settings it was made with.
+        threshold: Sensitivity of the least sensitive unit above the cut.
+
+    Returns:
+        JSON values, for ``PruningPlan.provenance``.
+    """
     return {
-        "hap_hf": __version__,
-        "method": str(scores.method),
-        "num_probes": scores.num_probes,
-        "stop_share": config.stop_share,
-        "settled": scores.settled,
-        "num_output_probes": config.num_output_probes,
-        "hvp": config.hvp.value,
-        "num_batches": scores.num_batches,
-        "num_loss_terms": scores.num_loss_terms,
+        "settings": config.to_dict(),
+        # What the criterion said where the settings left it to it.
         "num_passes": config.passes,
         "compensate": config.compensates,
-        "coupling": config.coupling.value,
-        "precision": config.precision.value,
-        "seed": config.seed,
+        "per": None if config.per is None else config.per.name,
+        "num_probes": scores.num_probes,
+        "settled": scores.settled,
+        "num_batches": scores.num_batches,
+        "num_loss_terms": scores.num_loss_terms,
         "threshold": threshold,
-        "per": config.per,
-        "prune_ratio": config.prune_ratio,
-        "target_params": config.target_params,
-        "target_macs": config.target_macs,
-        "implant_ratio": config.implant_ratio,
-        "implant_init": config.implant_init.value,
-        "implant_cost": config.implant_cost,
-        "max_group_ratio": config.max_group_ratio,
-        "round_to": config.round_to,
-        "kinds": " ".join(k.value for k in config.kinds),
-        "exclude": " ".join(config.exclude),
     }

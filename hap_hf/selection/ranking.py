@@ -15,9 +15,10 @@ from torch import Tensor
 from hap_hf.config import HapConfig
 from hap_hf.criteria import Scores
 from hap_hf.errors import ConfigError, CurvatureError
-from hap_hf.names.amount import floor_share
+from hap_hf.names.actions import IMPLANT, KEEP, PRUNE
+from hap_hf.names.currencies import floor_share
 from hap_hf.names.group import Group, ImplantShape, Kind
-from hap_hf.names.plan import IMPLANT, KEEP, PRUNE, GroupPlan
+from hap_hf.names.plan import GroupPlan
 
 
 class Split(NamedTuple):
@@ -64,7 +65,7 @@ def implants(group: Group, implanted: int, cost: float) -> list[Implant]:
     Among channels, convolutions with more than one tap take implants, and what is coupled to them stays as it is.
 
     Args:
-        group: The group.
+        group: A group that is to be implanted in part.
         implanted: Number of implanted units, at least 1.
         cost: Size of an implant as a share of the weights it replaces.
 
@@ -77,6 +78,7 @@ def implants(group: Group, implanted: int, cost: float) -> list[Implant]:
         if group.kind is not Kind.CHANNELS:
             rank = max(1, floor_share(cost * rows * inputs / max(rows + inputs, 1)))
             result.append(Implant(tensor, shape, rank))
+        # A convolution of one tap is already as small as its implant.
         elif taps is not None and taps > 1:
             result.append(Implant(tensor, shape, 1))
     return result
@@ -87,8 +89,8 @@ class Ranking:
     """The units of some groups, least sensitive first; ties by order of the groups, then by index.
 
     Args:
-        groups: The groups.
-        config: The settings.
+        groups: The groups whose units compete.
+        config: The limits of groups, ``round_to``, and how much is implanted.
         orders: Units of each group, least sensitive first.
         owners: Position in ``groups`` of each unit's group, least sensitive unit first, ``[total]``.
         values: Sensitivity of each unit, or sensitivity per cost, in that order, ``[total]``.
@@ -107,7 +109,7 @@ class Ranking:
         Args:
             groups: Groups whose units compete, at least one.
             scores: Sensitivities of at least these groups.
-            config: The settings.
+            config: The settings; ``per`` says by what sensitivities are divided before units are compared.
 
         Returns:
             The ranking.
@@ -133,9 +135,10 @@ class Ranking:
                     f"expected finite sensitivities, got {part[u].item()} for unit {u} of {g.name} and {len(bad) - 1} "
                     "others of the group; look for a loss or weights that overflow, or score with precision='fp32'"
                 )
-            parts.append(part / g.unit_cost(config.per))
+            # Knapsack: with a budget the best units are those that are worth most for what they cost.
+            parts.append(part / (config.per.unit_cost(g) if config.per is not None else 1.0))
         passes = [_pass_of(scores, g) for g in groups]
-        order = _least_first(torch.cat(parts), torch.cat(passes))
+        order = _least_first(torch.cat(parts), torch.cat(passes))  # [total]
         owners = torch.repeat_interleave(torch.arange(len(parts)), torch.tensor([len(p) for p in parts]))[order]
         orders = tuple(tuple(_least_first(*pair).tolist()) for pair in zip(parts, passes, strict=True))
         return cls(tuple(groups), config, orders, owners, torch.cat(parts)[order])
@@ -176,6 +179,7 @@ class Ranking:
         Returns:
             How each group is split.
         """
+        # Two cuts through the one order: below the first units are pruned, between the two they are implanted.
         removed = floor_share((1 - self.config.implant_ratio) * cut)
         gone, pruned = (
             torch.bincount(self.owners[:count], minlength=len(self.groups)).tolist() for count in (cut, removed)
@@ -183,6 +187,7 @@ class Ranking:
         splits = []
         for index in range(len(self.groups)):
             capped = min(gone[index], self.cap(index))
+            # A cap saves the most sensitive of the cut units, so it takes implants away before it takes pruned ones.
             low = min(pruned[index], capped)
             splits.append(Split(low, capped - low))
         return splits
@@ -199,8 +204,10 @@ class Ranking:
         """
         pruned, implanted = split
         group = self.groups[index]
+        # These units are below the threshold: without an implant they go.
         if implanted and not self.implants_pay(index, implanted):
             pruned, implanted = pruned + implanted, 0
+        # Implanted units are outputs like others and count for the width; it is pruned ones that come back to fill it.
         survivors = self.width_above(index, group.num_units - pruned)
         return Split(group.num_units - survivors, implanted)
 
@@ -216,45 +223,22 @@ class Ranking:
         return [self.settle(index, split) for index, split in enumerate(self.rule(cut))]
 
     def implants_pay(self, index: int, implanted: int) -> bool:
-        """Return whether a group can take implants, each cheaper than what it replaces.
-
-        Args:
-            index: Position of the group.
-            implanted: Number of implanted units, at least 1.
-
-        Returns:
-            Whether all implants are cheaper, and there is at least one.
-        """
+        """Return whether the group can take implants for so many units, each cheaper than what it replaces."""
         made = implants(self.groups[index], implanted, self.config.implant_cost)
         return bool(made) and all(i.is_cheaper for i in made)
 
     def width_above(self, index: int, survivors: int) -> int:
-        """Return the smallest allowed number of survivors that is at least ``survivors``.
-
-        Args:
-            index: Position of the group.
-            survivors: Number of units that should survive.
-
-        Returns:
-            A multiple of ``round_to`` where units are neurons or channels, or the whole group.
-        """
+        """Return the smallest number of survivors of at least ``survivors`` that ``round_to`` allows, or all units."""
         step = self._multiple(index)
         return min(-(-survivors // step) * step, self.groups[index].num_units)
 
     def width_below(self, index: int, survivors: int) -> int:
-        """Return the largest allowed number of survivors that is less than ``survivors``.
-
-        Args:
-            index: Position of the group.
-            survivors: Number of units that survive now.
-
-        Returns:
-            A multiple of ``round_to`` where units are neurons or channels; 0 where there is no other.
-        """
+        """Return the largest number of survivors below ``survivors`` that ``round_to`` allows; 0 if there is none."""
         step = self._multiple(index)
         return (survivors - 1) // step * step
 
     def _multiple(self, index: int) -> int:
+        """Return what the width of a group is a multiple of: for heads 1, as their number is no width of a matrix."""
         return 1 if self.groups[index].kind is Kind.HEADS else self.config.round_to
 
     def plan(self, index: int, split: Split) -> GroupPlan:
@@ -279,10 +263,12 @@ def _pass_of(scores: Scores, group: Group) -> Tensor:
     """Return the pass in which each unit went, those of the last one with the largest number."""
     passes = scores.gone_in.get(group.name)
     last = torch.iinfo(torch.long).max
+    # 0 stands for the last pass, which comes after all others.
     return torch.full((group.num_units,), last) if passes is None else passes.where(passes > 0, last)
 
 
 def _least_first(sensitivity: Tensor, passes: Tensor) -> Tensor:
     """Return the order of units by pass, and within a pass by sensitivity."""
+    # Two stable sorts, the less significant key first: ties stay in the order of the units.
     order = torch.argsort(sensitivity, stable=True)
     return order[torch.argsort(passes[order], stable=True)]

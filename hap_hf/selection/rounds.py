@@ -1,44 +1,28 @@
 """Reaching an amount in several rounds: how much of what is left each round takes."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from hap_hf.config import HapConfig
 from hap_hf.errors import ConfigError
-from hap_hf.names.footprint import whole_footprint
-from hap_hf.names.group import Group
+from hap_hf.names.amount import Amount
 
 
 @dataclass(frozen=True)
-class Amounts:
-    """How much can be pruned.
+class Round:
+    """One of several rounds.
 
     Args:
-        units: Number of units.
-        params: Parameters in their slices.
-        macs: Multiply-accumulates per sample.
+        number: Number of the round, from 1.
+        total: Number of rounds.
+        start: What could be pruned before the first round, in the currency of the amount; None in the first.
     """
 
-    units: int
-    params: int
-    macs: float
-
-    @classmethod
-    def of(cls, groups: Iterable[Group]) -> "Amounts":
-        """Return the amounts of ``groups`` together.
-
-        Args:
-            groups: Any groups.
-
-        Returns:
-            What they hold together.
-        """
-        members = list(groups)
-        whole = whole_footprint(members)
-        return cls(sum(g.num_units for g in members), round(whole.params), whole.macs)
+    number: int = 1
+    total: int = 1
+    start: float | None = None
 
 
-def config_of_round(config: HapConfig, number: int, num_rounds: int, start: Amounts, now: Amounts) -> HapConfig:
+def config_of_round(config: HapConfig, place: Round, now: float) -> HapConfig:
     """Return the settings of one round, relative to the model as it is at that moment.
 
     The share that is gone rises linearly: after round i of n it is i/n of the target, counted in what the dense model
@@ -46,10 +30,8 @@ def config_of_round(config: HapConfig, number: int, num_rounds: int, start: Amou
 
     Args:
         config: The settings for all rounds together.
-        number: Number of the round, from 1.
-        num_rounds: Number of rounds.
-        start: What could be pruned before the first round.
-        now: What can be pruned now.
+        place: Which round it is.
+        now: What can be pruned now, in the currency of the amount.
 
     Returns:
         The settings to hand to the pipeline.
@@ -57,31 +39,24 @@ def config_of_round(config: HapConfig, number: int, num_rounds: int, start: Amou
     Raises:
         ConfigError: If earlier rounds already took more than the target.
     """
-    if num_rounds == 1:
+    if place.total == 1:
         return config
-    last = number == num_rounds
-    share = number / num_rounds
-    if config.prune_ratio is not None:
-        implants = config.implant_ratio * config.prune_ratio * start.units
-        removed = (1 - config.implant_ratio) * config.prune_ratio * start.units * share - (start.units - now.units)
-        cut = removed + implants if last else removed
-        _check_left(cut, config, number)
-        # A rounding error of 1e-9 units must not cost a whole one.
-        ratio = min((cut + 1e-6) / now.units, 1 - 1e-9)
-        return replace(config, prune_ratio=ratio, implant_ratio=min(implants / cut, 1.0) if last else 0.0)
-    implant_ratio = config.implant_ratio if last else 0.0
-    if config.target_params is not None:
-        kept = (1 - (1 - config.target_params) * share) * start.params / now.params
-        _check_left(1 - kept, config, number)
-        return replace(config, target_params=kept, implant_ratio=implant_ratio)
-    kept = (1 - (1 - (config.target_macs or 0.0)) * share) * start.macs / now.macs
-    _check_left(1 - kept, config, number)
-    return replace(config, target_macs=kept, implant_ratio=implant_ratio)
-
-
-def _check_left(amount: float, config: HapConfig, number: int) -> None:
-    if amount <= 0:
+    # Shares are always of the dense model, so that rounding in one round is made up for in the next.
+    asked, start = config.asked, now if place.start is None else place.start
+    if not start:  # groups that cost nothing, of which the choice of units has more to say
+        return config
+    keep, implant_ratio = asked.what.in_round(asked.keep, config.implant_ratio, place.number / place.total, now / start)
+    if keep >= 1:
         raise ConfigError(
-            f"round {number} has nothing left to remove: earlier rounds, or the model as it came, already went beyond "
-            f"its share of {config.prune_ratio or config.target_params or config.target_macs}; use fewer rounds"
+            f"round {place.number} has nothing left to remove: earlier rounds, or the model as it came, already went "
+            f"beyond its share of {asked}; use fewer rounds"
         )
+    # Whatever setting asked for it, the amount of a round is one in the same currency.
+    return replace(
+        config,
+        prune_ratio=None,
+        target_params=None,
+        target_macs=None,
+        amount=Amount(asked.what, max(keep, 1e-9)),
+        implant_ratio=implant_ratio,
+    )

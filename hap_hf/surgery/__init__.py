@@ -1,27 +1,19 @@
 """Making a model smaller: everything here reads a plan, never a score."""
 
-from hap_hf.layers.implant_conv import ImplantConv2d
-from hap_hf.layers.implant_linear import ImplantLinear
-from hap_hf.model.change import TensorChange
-from hap_hf.model.rollback import interrupts_deferred, undone_on_error
 from hap_hf.surgery.apply import apply_plan_, check_plan, undo_
-from hap_hf.surgery.calibration import collect_input_moments
+from hap_hf.surgery.calibration import ImplantInit, collect_input_moments
 from hap_hf.surgery.freezing import checked_patterns, train_only_implants_
 from hap_hf.surgery.optimizer import carry_optimizer_state_
 from hap_hf.surgery.recalibration import recalibrate_batch_norms_
 
 __all__ = [
-    "ImplantConv2d",
-    "ImplantLinear",
-    "TensorChange",
+    "ImplantInit",
     "apply_plan_",
     "carry_optimizer_state_",
     "check_plan",
     "checked_patterns",
     "collect_input_moments",
-    "interrupts_deferred",
     "recalibrate_batch_norms_",
     "train_only_implants_",
     "undo_",
-    "undone_on_error",
 ]

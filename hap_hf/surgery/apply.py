@@ -8,21 +8,22 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from hap_hf.config import ImplantInit
 from hap_hf.errors import PlanMismatchError
-from hap_hf.layers.implant_conv import ImplantConv2d
-from hap_hf.layers.implant_linear import ImplantLinear
-from hap_hf.layers.projection import IMPLANTED, implant_tensors, input_dim, is_projection, output_dim, spatial_dims
-from hap_hf.layers.standardised import is_standardised, plain_convolution
+from hap_hf.host import CONTAINERS
+from hap_hf.layers.implants import Implanted
+from hap_hf.layers.kind import kind_of
+from hap_hf.layers.projection import has_implant, implant_tensors, input_dim, is_projection, known, output_dim
 from hap_hf.model.change import TensorChange, memory_format_of
 from hap_hf.model.placement import take_over_placement_
+from hap_hf.model.stale import note_replaced
 from hap_hf.model.state import renew_caches
+from hap_hf.names.actions import KEEP
 from hap_hf.names.group import Slice
-from hap_hf.names.plan import KEEP, PRUNE, GroupPlan, PruningPlan
-from hap_hf.surgery.calibration import initial_weights
-from hap_hf.surgery.check import stage_problems
+from hap_hf.names.plan import GroupPlan, PruningPlan
+from hap_hf.surgery.calibration import ImplantInit
+from hap_hf.surgery.check import check_outcome, stage_problems
 from hap_hf.surgery.order import Order
-from hap_hf.surgery.sizes import segments_left, sync_sizes
+from hap_hf.surgery.sizes import segments_left, sync_sizes_
 
 Stage = Sequence[GroupPlan]
 
@@ -32,12 +33,13 @@ def check_plan(model: nn.Module, plan: PruningPlan) -> None:
 
     Args:
         model: The model the plan would be applied to.
-        plan: The plan.
+        plan: Stages for this model; a plan for a dense model does not fit one that went through it.
 
     Raises:
         PlanMismatchError: If it does not fit; the message lists every mismatch of the first stage that has one.
     """
     # Later stages name tensors as earlier ones leave them, so they are tried on a copy without storage.
+    # deepcopy takes its copies of tensors from the memo: none gets storage, and tied weights stay tied.
     tensors = [*model.parameters(), *model.buffers()]
     memo = {
         id(t): nn.Parameter(t.to("meta"), t.requires_grad) if isinstance(t, nn.Parameter) else t.to("meta")
@@ -70,6 +72,8 @@ def apply_plan_(
         PlanMismatchError: If the plan does not fit; the model is then as it was.
     """
     changes, _ = apply_plan_undoable_(model, plan, init=ImplantInit(init), input_moments=input_moments or {})
+    # Only after success: where a plan is taken back, optimizers still hold the right tensors.
+    note_replaced(changes)
     return changes
 
 
@@ -82,6 +86,7 @@ def undo_(undo: Undo) -> None:
     Args:
         undo: The record it returned.
     """
+    # Newest first: of a module that was recorded twice, the oldest state must be put back last.
     for module, state in reversed(undo):
         module.__dict__.clear()
         module.__dict__.update(state)
@@ -90,20 +95,7 @@ def undo_(undo: Undo) -> None:
 def apply_plan_undoable_(
     model: nn.Module, plan: PruningPlan, *, init: ImplantInit, input_moments: Mapping[str, Tensor]
 ) -> tuple[tuple[TensorChange, ...], Undo]:
-    """Apply ``plan`` and also return what :func:`undo_` needs to take it back.
-
-    Args:
-        model: The model.
-        plan: What to do with each unit.
-        init: Initial weights of implants.
-        input_moments: Second moments of layer inputs by weight name.
-
-    Returns:
-        The changes, and the record for undoing them.
-
-    Raises:
-        PlanMismatchError: If the plan does not fit; the model is then as it was.
-    """
+    """Apply ``plan`` as :func:`apply_plan_` does, and also return the record with which :func:`undo_` takes it back."""
     changes: list[TensorChange] = []
     undo: Undo = []
     try:
@@ -119,6 +111,7 @@ def apply_plan_undoable_(
                 )
             changes += _apply_stage(model, stage, init, input_moments, undo)
     except BaseException:
+        # Ctrl-C, too, must not leave a model of which some layers are cut and others are not.
         undo_(undo)
         raise
     renew_caches(model)
@@ -128,52 +121,78 @@ def apply_plan_undoable_(
 def _apply_stage(
     model: nn.Module, stage: Stage, init: ImplantInit, moments: Mapping[str, Tensor], undo: Undo
 ) -> list[TensorChange]:
+    """Cut every tensor of a stage, each once, and let counters and sizes follow."""
+    # By tensor, as groups may share one, along one dimension or along two. Groups that stay whole are left out: their
+    # tensors remain the same objects, and nobody who holds them need be told.
     cuts: dict[str, dict[int, list[tuple[Slice, GroupPlan]]]] = defaultdict(lambda: defaultdict(list))
     for g in stage:
-        if set(g.actions) <= {KEEP}:
-            continue
-        for s in g.group.slices:
+        for s in g.group.slices if set(g.actions) != {KEEP} else ():
             cuts[s.tensor][s.dim].append((s, g))
     owners = {name.rpartition(".")[0] for name in cuts}
-    counters = [(c, g) for g in stage if PRUNE in g.actions for c in g.group.counters]
-    for name in sorted(owners):
-        if is_standardised(module := model.get_submodule(name)):
-            _replace(model, name, plain_convolution(module), undo)
+    counters = [(c, g) for g in stage if g.pruned for c in g.group.counters]
+    # Before anything is cut: standardised over fewer inputs, the same weights would give other kernels.
+    changes = [c for name in sorted(owners) for c in _made_plain_(model, name, undo)]
     for name in sorted(owners | {c.attribute.rpartition(".")[0] for c, _ in counters}):
         _remember(model.get_submodule(name), undo)
-
-    changes: list[TensorChange] = []
-    for name, by_dim in cuts.items():
-        parts = {dim: Order(pairs, _size(model, name, dim)) for dim, pairs in by_dim.items()}
-        module = model.get_submodule(name.rpartition(".")[0])
-        # Only the output rows of a projection are factored; its other tensors follow the units' new order.
-        out = output_dim(module) if is_projection(module) and name.endswith("weight") else None
-        if out in parts and len(parts[out].factored) and any(name in g.ranks for _, g in by_dim[out]):
-            changes += _implant(model, name, by_dim[out], parts, moments, undo)
-        else:
-            changes.append(_resize(module, name, parts, init))
+    changes += [c for name, by_dim in cuts.items() for c in _cut(model, name, by_dim, init, moments, undo)]
     for counter, g in counters:
         owner, _, attribute = counter.attribute.rpartition(".")
         module = model.get_submodule(owner)
-        setattr(module, attribute, getattr(module, attribute) - counter.width * g.actions.count(PRUNE))
+        # Only pruned units count: implanted ones are outputs of the layer as before.
+        setattr(module, attribute, getattr(module, attribute) - counter.width * g.pruned)
     added = {c.name for c in changes if c.old is None}
     for name in owners:
         module = model.get_submodule(name)
-        if not isinstance(module, IMPLANTED):
-            sync_sizes(module)
-        elif f"{name}.{implant_tensors(module)[1]}" not in added:
-            module.sync_sizes(segments_left(module, name, cuts))
+        if not has_implant(module):
+            sync_sizes_(module)
+        # An implant of this stage was built with its sizes; one from before lost units in some of its segments.
+        elif f"{name}.{known(module).makes[1]}" not in added:
+            cast(Implanted, module).sync_sizes(segments_left(module, name, cuts))
+    check_outcome(stage, changes)
     return changes
 
 
+def _made_plain_(model: nn.Module, path: str, undo: Undo) -> list[TensorChange]:
+    """Put a layer whose weight can be cut in the place of one whose weight cannot."""
+    module = model.get_submodule(path)
+    kind = kind_of(module)
+    plain = module if kind is None else kind.plain(module)
+    if plain is module:
+        return []
+    _replace(model, path, plain, undo)
+    # Whoever trains the old weight must go on with the new one.
+    return [TensorChange(f"{path}.weight", module.get_parameter("weight"), plain.get_parameter("weight"))]
+
+
+def _cut(
+    model: nn.Module,
+    name: str,
+    by_dim: Mapping[int, Sequence[tuple[Slice, GroupPlan]]],
+    init: ImplantInit,
+    moments: Mapping[str, Tensor],
+    undo: Undo,
+) -> list[TensorChange]:
+    """Cut one tensor along all its dimensions, and put an implant into its layer where the plan wants one."""
+    parts = {dim: Order(pairs, _size(model, name, dim)) for dim, pairs in by_dim.items()}
+    module = model.get_submodule(name.rpartition(".")[0])
+    # Only the output rows of a projection are factored; its other tensors follow the units' new order.
+    out = output_dim(module) if is_projection(module) and name.endswith("weight") else None
+    if out in parts and len(parts[out].factored) and any(name in g.ranks for _, g in by_dim[out]):
+        return _implant(model, name, by_dim[out], parts, moments, undo)
+    return [_resize(module, name, parts, init)]
+
+
 def _remember(module: nn.Module, undo: Undo) -> None:
+    """Record the attributes of a module, for :func:`undo_`."""
+    # Shallow, as tensors are replaced and never written to; but the dictionaries that hold them change in place.
     state = dict(module.__dict__)
-    for key in ("_parameters", "_buffers", "_modules"):
+    for key in CONTAINERS:
         state[key] = dict(state[key])
     undo.append((module, state))
 
 
 def _replace(model: nn.Module, path: str, new: nn.Module, undo: Undo) -> None:
+    """Put a new layer in the place of an old one, with its device hook, and record the parent."""
     parent_path, _, leaf = path.rpartition(".")
     parent = model.get_submodule(parent_path)
     take_over_placement_(new, parent.get_submodule(leaf))
@@ -188,6 +207,7 @@ def _size(model: nn.Module, name: str, dim: int) -> int:
 
 
 def _select(tensor: Tensor, index: Mapping[int, Tensor]) -> Tensor:
+    """Return the wanted entries along each dimension, in a tensor of their own that lies in memory as the old one."""
     value = tensor.detach()
     for dim, i in index.items():
         value = value.index_select(dim, i.to(value.device))
@@ -195,6 +215,7 @@ def _select(tensor: Tensor, index: Mapping[int, Tensor]) -> Tensor:
 
 
 def _resize(module: nn.Module, name: str, parts: Mapping[int, Order], init: ImplantInit) -> TensorChange:
+    """Put what survives of a tensor in its place, its gradient included."""
     leaf = name.rpartition(".")[2]
     old: Tensor = getattr(module, leaf)
     index = {dim: part.survivors for dim, part in parts.items()}
@@ -221,40 +242,33 @@ def _implant(
     moments: Mapping[str, Tensor],
     undo: Undo,
 ) -> list[TensorChange]:
+    """Put a layer with an implant in the place of the one that makes these units."""
     path = name.rpartition(".")[0]
     module = model.get_submodule(path)
     old: nn.Parameter = module.get_parameter("weight")
     out, inp = output_dim(module), input_dim(module)
     inputs = parts[inp].survivors if inp in parts else torch.arange(old.shape[inp])
     index = {out: parts[out].kept} | ({inp: inputs} if inp in parts else {})
-    implant: ImplantLinear | ImplantConv2d
-    if spatial_dims(module):
-        implant = ImplantConv2d.from_conv(cast(nn.Conv2d, module), len(inputs), parts[out].segments)
-    else:
-        implant = ImplantLinear(
-            len(inputs),
-            parts[out].segments,
-            max(g.ranks[name] for _, g in pairs if name in g.ranks),
-            bias=module.bias is not None,
-            transposed=out == 1,
-            device=old.device,
-            dtype=old.dtype,
-        ).train(module.training)
+    kind = known(module)
+    # All slices of a weight share its implant; of several ranks the largest counts, as in names/outcome.py.
+    rank = max(g.ranks[name] for _, g in pairs if name in g.ranks)
+    implant = cast(Implanted, kind.implanted(module, len(inputs), parts[out].segments, rank))
     if not old.is_meta:
         implant.weight.data = _select(old, index)
-        rows = _select(old, {out: parts[out].factored, inp: inputs})
-        values = initial_weights(rows.T if out == 1 else rows, implant, _part(moments.get(name), inputs))
+        rows = _select(old, {out: parts[out].factored, inp: inputs})  # [implanted, inputs, *kernel]
+        values = kind.fitted(rows.T if out == 1 else rows, implant, _part(moments.get(name), inputs))
         for leaf, value in values.items():
             implant.get_parameter(leaf).data.copy_(value)
     # The bias, still whole or already cut, is taken over as it is: its own slices decide about it.
     implant.bias = module.bias if isinstance(module.bias, nn.Parameter) else None
-    added = list(dict.fromkeys(implant_tensors(implant)))
+    added = implant_tensors(implant)
     for leaf in ("weight", *added):
         implant.get_parameter(leaf).requires_grad_(old.requires_grad)
     if old.grad is not None:
         implant.weight.grad = _select(old.grad, index)
     _replace(model, path, implant, undo)
     changes = [TensorChange(name, old, implant.weight, index)]
+    # Each behind the one before it, which is where an optimizer over the finished model would have it.
     for leaf in added:
         new = implant.get_parameter(leaf)
         changes.append(TensorChange(f"{path}.{leaf}", None, new, beside=changes[-1].new))
@@ -265,5 +279,5 @@ def _part(moment: Tensor | None, inputs: Tensor) -> Tensor | None:
     """Return a moment of layer inputs, ``[in * taps, in]``, for the inputs that are left."""
     if moment is None:
         return None
-    whole = moment.view(moment.shape[1], -1, moment.shape[1])
+    whole = moment.view(moment.shape[1], -1, moment.shape[1])  # [in, taps, in]
     return _select(whole, {0: inputs, 2: inputs}).flatten(0, 1)

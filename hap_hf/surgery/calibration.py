@@ -1,23 +1,31 @@
-"""Initial weights of implants, and the moments of layer inputs that let them fit the data and not only the weights."""
+"""The moments of layer inputs that let implants fit the data and not only the weights."""
 
-from collections.abc import Callable, Collection, Iterable, Mapping
-from typing import Any, cast
+from collections.abc import Callable, Collection, Iterable
+from enum import StrEnum
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hap_hf.evidence.batches import call, move_to_model
+from hap_hf.evidence.batches import as_batch, call, move_to_model
 from hap_hf.evidence.processes import ALONE, Processes
-from hap_hf.layers.implant_conv import ImplantConv2d, patch_moment, pointwise_rows
-from hap_hf.layers.implant_linear import ImplantLinear, factor_rows
-from hap_hf.layers.projection import on_input, spatial_dims
+from hap_hf.layers.projection import known, on_input
 from hap_hf.model.state import preserved
+
+
+class ImplantInit(StrEnum):
+    """Initial weights of an implant."""
+
+    SVD = "svd"
+    """Best approximation of the replaced rows at the implant's rank, on calibration inputs when there are batches."""
+    ZERO = "zero"
+    """Silent at first, as in the paper's code: the columns that read the implanted units are zero and learn first."""
 
 
 def collect_input_moments(
     model: nn.Module,
     tensors: Collection[str],
-    batches: Iterable[Mapping[str, Any]],
+    batches: Iterable[Any],
     *,
     processes: Processes = ALONE,
 ) -> dict[str, Tensor]:
@@ -40,13 +48,11 @@ def collect_input_moments(
 
     def watch(name: str) -> Callable[[Tensor], None]:
         module = model.get_submodule(name.rpartition(".")[0])
+        kind = known(module)
 
         def add(x: Tensor) -> None:
-            if spatial_dims(module):
-                moment, count = patch_moment(x, cast(nn.Conv2d, module))
-            else:
-                x = x.detach().flatten(0, -2).float()
-                moment, count = (x.T @ x).double(), x.shape[0]
+            moment, count = kind.input_moment(module, x)
+            # Sums and counts, not means: layers may be called several times a batch, and processes have unequal shares.
             sums[name] = sums.get(name, 0) + moment
             counts[name] = counts.get(name, 0) + torch.tensor(count, device="cpu")
 
@@ -55,29 +61,10 @@ def collect_input_moments(
     handles = [on_input(model.get_submodule(t.rpartition(".")[0]), watch(t)) for t in tensors]
     try:
         with preserved(model), torch.no_grad():
-            for batch in batches:
-                call(model, move_to_model(model, batch))
+            for index, batch in enumerate(batches):
+                call(model, move_to_model(model, as_batch(model, batch, index)))
     finally:
         for handle in handles:
             handle.remove()
-    counts = processes.summed("numbers of layer inputs", counts)
+    counts = processes.summed("numbers of layer inputs", counts)  # of all processes
     return {name: total / counts[name].item() for name, total in processes.summed("layer inputs", sums).items()}
-
-
-def initial_weights(
-    rows: Tensor, implant: ImplantLinear | ImplantConv2d, moment: Tensor | None = None
-) -> dict[str, Tensor]:
-    """Return the weights with which an implant best stands in for what it replaces.
-
-    Args:
-        rows: The weights it replaces, ``[implanted, in_features]`` or ``[implanted, in_channels, kh, kw]``.
-        implant: The layer.
-        moment: The moment of the layer's inputs, see :func:`collect_input_moments`.
-
-    Returns:
-        Values by the name of the implant's parameter.
-    """
-    if isinstance(implant, ImplantConv2d):
-        return {"implant_pointwise": pointwise_rows(rows, moment)}
-    up, down = factor_rows(rows, implant.rank, moment)
-    return {"implant_up": up, "implant_down": down}

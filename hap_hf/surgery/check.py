@@ -6,31 +6,34 @@ from itertools import pairwise
 
 from torch import Tensor, nn
 
-from hap_hf.layers.implant_conv import takes_implant
-from hap_hf.layers.projection import IMPLANTED, implant_tensors, input_dim, is_grouped, is_projection, output_dim
-from hap_hf.names.group import COUNTER_NAMES, Role
-from hap_hf.names.plan import IMPLANT, KEEP, PRUNE, GroupPlan
-
-_IMPLANT_WEIGHTS = {"implant_down", "implant_up", "implant_pointwise"}
-_PER_CHANNEL = (nn.modules.batchnorm._NormBase, nn.GroupNorm)
+from hap_hf.errors import PlanMismatchError
+from hap_hf.host import own_tensors
+from hap_hf.layers.norms import group_counter, is_per_channel
+from hap_hf.layers.projection import has_implant, input_dim, is_grouped, is_projection, known, output_dim
+from hap_hf.model.change import TensorChange
+from hap_hf.names.actions import IMPLANT, KEEP, PRUNE
+from hap_hf.names.counters import counted_by
+from hap_hf.names.group import Role
+from hap_hf.names.outcome import outcomes
+from hap_hf.names.plan import GroupPlan
 
 
 def stage_problems(model: nn.Module, stage: Sequence[GroupPlan]) -> list[str]:
     """Return a sentence for everything that keeps ``stage`` from being applied to ``model``.
 
     Args:
-        model: The model.
-        stage: One stage of a plan.
+        model: The model as the stages before left it.
+        stage: One stage of a plan, from a source that need not be trusted.
 
     Returns:
         The problems; empty where there are none.
     """
+    # A module that is used in two places goes by its first name, as it does in discovery.
     modules = dict(model.named_modules())
     tensors = {
         f"{path}.{leaf}" if path else leaf: tensor
         for path, module in modules.items()
-        for leaf, tensor in [*module._parameters.items(), *module._buffers.items()]
-        if tensor is not None
+        for leaf, tensor in own_tensors(module)
     }
     problems = [p for g in stage for p in _group_problems(g, modules, tensors)]
     problems += _counter_problems(stage, modules)
@@ -42,7 +45,28 @@ def stage_problems(model: nn.Module, stage: Sequence[GroupPlan]) -> list[str]:
     return problems
 
 
+def check_outcome(stage: Sequence[GroupPlan], changes: Sequence[TensorChange]) -> None:
+    """Check that every tensor was cut to what the plan's own algebra says, by which budgets and loading go.
+
+    Args:
+        stage: The stage that was applied.
+        changes: What became of the tensors; of one that was changed twice the later change counts.
+
+    Raises:
+        PlanMismatchError: If one was not.
+    """
+    got = {c.name: tuple(c.new.shape) for c in changes if c.old is not None}
+    wrong = [
+        f"{name} {list(left.shape)}, got {list(got[name])}"
+        for name, left in outcomes(stage).items()
+        if name in got and got[name] != left.shape
+    ]
+    if wrong:
+        raise PlanMismatchError(f"expected surgery to leave {'; '.join(wrong[:5])}; nothing was changed")
+
+
 def _group_problems(g: GroupPlan, modules: dict[str, nn.Module], tensors: dict[str, Tensor]) -> Iterator[str]:
+    """Yield what is wrong with one group by itself: letters, names, shapes, ranges, roles, ranks."""
     group = g.group
     if len(g.actions) != group.num_units or not set(g.actions) <= {KEEP, IMPLANT, PRUNE}:
         yield f"{group.name}: expected {group.num_units} actions out of k, i and p, got {g.actions[:20]!r}"
@@ -63,17 +87,20 @@ def _group_problems(g: GroupPlan, modules: dict[str, nn.Module], tensors: dict[s
             yield from _role_problems(s.tensor, s.role, s.dim, modules)
         else:
             yield from _follower_problems(s.tensor, s.dim, modules)
+    # Layers are looked up by the names of their tensors, which must exist for that.
     if all(s.tensor in tensors for s in group.slices):
         yield from _implant_problems(g, modules)
 
 
 def _counter_problems(stage: Sequence[GroupPlan], modules: dict[str, nn.Module]) -> Iterator[str]:
+    """Yield counters that are no integers, or too small for what would be taken from them."""
     counted = _counted(stage)
     for g in stage:
         for c in g.group.counters:
             owner, _, name = c.attribute.rpartition(".")
             # Its own attributes only: properties and what the class holds are no numbers that one module may change.
-            value = vars(modules[owner]).get(name) if owner in modules and name in COUNTER_NAMES else None
+            value = vars(modules[owner]).get(name) if owner in modules and counted_by(name) else None
+            # It counts all units of the group, and the groups that lower it together must not take it below zero.
             least = max(c.width * g.group.num_units, counted[c.attribute])
             if type(value) is not int or value < least:
                 yield (
@@ -83,36 +110,43 @@ def _counter_problems(stage: Sequence[GroupPlan], modules: dict[str, nn.Module])
 
 
 def _role_problems(tensor: str, role: Role, dim: int, modules: dict[str, nn.Module]) -> Iterator[str]:
+    """Yield what is wrong with a slice that a layer makes or reads: its role says along which dimension it must lie."""
     owner, _, leaf = tensor.rpartition(".")
     module = modules[owner]
     if is_grouped(module) and leaf == "weight":
+        # Dimension 1 holds the inputs of one group of channels: they go with their group and are no units.
         if (role, dim) != (Role.FACTOR, 0):
             yield f"{tensor}: dimension {dim} of a grouped {type(module).__name__} holds no {role.value}"
         return
-    if not is_projection(module) or leaf not in {"weight", *_IMPLANT_WEIGHTS}:
+    if not is_projection(module) or leaf not in known(module).reads + known(module).makes:
         yield f"{tensor}: a {role.value} must be the weight of a layer, got one of {type(module).__name__}"
         return
-    implanted = isinstance(module, IMPLANTED)
+    kind = known(module)
+    # For each role the dimension where its units lie, and whether this tensor of the layer can play it at all.
     expected = {
-        Role.PRODUCER: (output_dim(module), leaf == "weight" and not implanted),
-        Role.FACTOR: (output_dim(module) if leaf == "weight" else 0, implanted and leaf != "implant_down"),
-        Role.CONSUMER: (input_dim(module) if leaf == "weight" else 1, leaf != "implant_up"),
+        Role.PRODUCER: (output_dim(module), leaf == "weight" and not kind.has_implant),
+        Role.FACTOR: (output_dim(module) if leaf == "weight" else 0, kind.has_implant and leaf in kind.makes),
+        Role.CONSUMER: (input_dim(module) if leaf == "weight" else 1, leaf in kind.reads),
     }[role]
     if expected != (dim, True):
         yield f"{tensor}: dimension {dim} of a {type(module).__name__} holds no {role.value}"
 
 
 def _follower_problems(tensor: str, dim: int, modules: dict[str, nn.Module]) -> Iterator[str]:
+    """Yield what is wrong with a slice that only follows the units, where a layer of a known kind holds it."""
     owner, _, leaf = tensor.rpartition(".")
     module = modules[owner]
     if is_projection(module) or is_grouped(module):
         # Taps of a kernel and the inside of an implant are no units, and nothing else would follow them.
-        own = {"implant_down": {1}, "implant_up": {0}}.get(leaf, {0} if is_grouped(module) else {0, 1})
+        kind = known(module)
+        only_read, only_made = set(kind.reads) - set(kind.makes), set(kind.makes) - set(kind.reads)
+        own = {0} if is_grouped(module) or leaf in only_made else {1} if leaf in only_read else {0, 1}
         if dim not in own:
             yield f"{tensor}: dimension {dim} of a {type(module).__name__} holds neither inputs nor outputs"
 
 
 def _implant_problems(g: GroupPlan, modules: dict[str, nn.Module]) -> Iterator[str]:
+    """Yield what is wrong with the implants of a group: where they are, their ranks, and what they cost."""
     implanted = g.actions.count(IMPLANT)
     if not implanted:
         return
@@ -125,7 +159,7 @@ def _implant_problems(g: GroupPlan, modules: dict[str, nn.Module]) -> Iterator[s
         return
     for name, rank in g.ranks.items():
         shape, module = shapes[name], modules[name.rpartition(".")[0]]
-        if shape.taps is not None and not takes_implant(module):
+        if not known(module).takes_implant(module):
             yield f"{name}: a {type(module).__name__} can take no implant"
         elif not 1 <= rank <= shape.max_rank or shape.weights(rank) >= shape.replaced:
             yield (
@@ -136,16 +170,19 @@ def _implant_problems(g: GroupPlan, modules: dict[str, nn.Module]) -> Iterator[s
 
 
 def _overlaps(stage: Sequence[GroupPlan]) -> Iterator[str]:
+    """Yield dimensions of tensors where some entry would belong to two units."""
     ranges: dict[tuple[str, int], list[tuple[int, int]]] = defaultdict(list)
     for g in stage:
         for s in g.group.slices:
             ranges[s.tensor, s.dim].append((s.offset, s.offset + s.width * g.group.num_units))
     for (tensor, dim), spans in ranges.items():
+        # In sorted order it is enough to look at neighbours: if any two spans overlap, two of these do.
         if any(a[1] > b[0] for a, b in pairwise(sorted(spans))):
             yield f"{tensor}: slices overlap along dimension {dim}"
 
 
 def _shared(model: nn.Module, stage: Sequence[GroupPlan]) -> Iterator[str]:
+    """Yield tensors that two modules share, of which the other one would go on with the uncut tensor."""
     names: dict[int, list[str]] = defaultdict(list)
     ids: dict[str, int] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -160,6 +197,7 @@ def _shared(model: nn.Module, stage: Sequence[GroupPlan]) -> Iterator[str]:
 
 def _torn_layers(stage: Sequence[GroupPlan], modules: dict[str, nn.Module]) -> Iterator[str]:
     """Yield layers of which one tensor would lose other entries than its neighbours."""
+    # What is implanted is not lost: its outputs are still there, with their biases and readers.
     lost: dict[tuple[str, int], set[int]] = defaultdict(set)
     for g in stage:
         gone = g.units(PRUNE)
@@ -171,29 +209,32 @@ def _torn_layers(stage: Sequence[GroupPlan], modules: dict[str, nn.Module]) -> I
 
     counted = _counted(stage)
     holders = {tensor.rpartition(".")[0] for tensor, _ in lost}
+    # A plan that lowers only the number of groups tears a layer as well, and no tensor would tell.
     holders |= {owner for owner, _, name in (c.rpartition(".") for c in counted) if name in {"groups", "num_groups"}}
     for path in sorted(holders):
         module = modules[path]
         if is_projection(module):
             outputs = count(path, "weight", output_dim(module))
             bias = count(path, "bias", 0)
-            if isinstance(module, IMPLANTED):
-                down, up = implant_tensors(module)
+            if has_implant(module):
+                down, up = known(module).reads[1], known(module).makes[1]
                 if count(path, "weight", input_dim(module)) != count(path, down, 1):
                     yield f"{path}: weight and {down} would lose different inputs"
+                # Each of the two weights numbers its own outputs, so only how many go can be compared, not which.
                 whole = len(outputs) + len(count(path, up, 0)) == len(bias)
             else:
                 whole = outputs == bias
             if module.bias is not None and not whole:
                 yield f"{path}: weight and bias would lose different outputs"
             continue
-        own = [n for n, t in [*module._parameters.items(), *module._buffers.items()] if t is not None and t.dim()]
-        if isinstance(module, _PER_CHANNEL) or is_grouped(module):
+        own = [n for n, t in own_tensors(module) if t.dim()]
+        if is_per_channel(module) or is_grouped(module):
             if len({frozenset(count(path, n, 0)) for n in own}) > 1:
                 yield f"{path}: {', '.join(own)} would lose different channels"
-            groups = next((n for n in ("groups", "num_groups") if isinstance(getattr(module, n, None), int)), None)
+            groups = "groups" if is_grouped(module) else group_counter(module)
             if groups and own:
                 total, size = getattr(module, groups), getattr(module, own[0]).shape[0]
+                # Lost channels : channels = lost groups : groups, multiplied out to stay among integers.
                 if len(count(path, own[0], 0)) * total != counted.get(f"{path}.{groups}", 0) * size:
                     yield f"{path}: whole groups of channels must go, and {groups} with them"
 

@@ -8,7 +8,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from hap_hf.errors import ConfigError
-from hap_hf.layers.projection import IMPLANTED, implant_tensors
+from hap_hf.layers.projection import has_implant, implant_tensors
 
 
 def train_only_implants_(
@@ -35,10 +35,11 @@ def train_only_implants_(
     Raises:
         ConfigError: If the model has no implants, or a pattern matches nothing in it; nothing is changed then.
     """
+    # By identity, as a parameter may be held under several names.
     trained = {
         id(module.get_parameter(leaf))
         for module in model.modules()
-        if isinstance(module, IMPLANTED)
+        if has_implant(module)
         for leaf in implant_tensors(module)
     }
     if not trained:
@@ -55,7 +56,7 @@ def train_only_implants_(
             continue
         parameter.grad = None
         if optimizer is not None:
-            optimizer.state.pop(parameter, None)
+            optimizer.state.pop(parameter, None)  # moments of what is frozen only take memory
     return tuple(names)
 
 

@@ -36,9 +36,11 @@ def carry_optimizer_state_(optimizer: Optimizer, changes: Iterable[TensorChange]
         UnsupportedModelError: If the state of a changed parameter cannot be cut; the optimizer is then as it was.
     """
     changes = tuple(changes)
+    # All states are cut before the optimizer is touched, so that one that cannot be cut leaves it as it was.
     states: dict[Tensor, State] = {}
-    for change in changes:  # a later change may follow on an earlier one
+    for change in changes:
         old = change.old
+        # A later stage may cut what an earlier one made: the state is then here already, and moves on.
         if old is not None and (state := states.pop(old, None) or optimizer.state.get(old)):
             states[change.new] = _cut_state(optimizer, state, old, change)
     for change in changes:
@@ -66,21 +68,23 @@ def _state_at_construction(optimizer: Optimizer, group: Mapping[str, Any], new: 
     """Return the state that a new parameter must have before its first step, for optimizers that do not make it then.
 
     Args:
-        optimizer: The optimizer.
-        group: The group that the parameter joined.
-        new: The parameter.
+        optimizer: The optimizer that is carried over.
+        group: The parameter group that the parameter joined.
+        new: An implant's weight.
 
     Returns:
-        The state by parameter; nothing for most optimizers.
+        The state by parameter; empty for most optimizers.
     """
     if not isinstance(optimizer, torch.optim.Adagrad):
         return {}
+    # A throw-away optimizer makes the state as torch does, whatever that is in the version at hand.
     options = {k: v for k, v in group.items() if k not in {"params", "param_names"}}
     start = optimizer.defaults["initial_accumulator_value"]
     return dict(torch.optim.Adagrad([{**options, "params": [new]}], initial_accumulator_value=start).state)
 
 
 def _cut_state(optimizer: Optimizer, state: State, old: Tensor, change: TensorChange) -> State:
+    """Return what is left of the state of one parameter; an entry that cannot be cut is named in the error."""
     cut = {}
     for name, value in state.items():
         try:
@@ -147,12 +151,15 @@ def _places(name: str, shape: torch.Size, whole: torch.Size, cut: set[int]) -> d
     Returns:
         For each of them that the tensor has, its dimension; None where the tensor has none of the shapes expected.
     """
+    # The parameter's shape, or with 1 along some dimensions, over which a mean was taken.
     if len(shape) == len(whole) and all(size in {1, full} for size, full in zip(shape, whole, strict=True)):
         return {dim: dim for dim in sorted(cut) if shape[dim] == whole[dim]}
+    # The parameter's shape without one dimension; of a square matrix it could be either.
     missing = [m for m in range(len(whole)) if shape == whole[:m] + whole[m + 1 :]]
     found = [{dim: dim - (dim > m) for dim in sorted(cut) if dim != m} for m in missing]
     if not found or all(places == found[0] for places in found):
         return found[0] if found else None
+    # Row factors are means over the last dimension, column factors over the one before.
     named = len(whole) - 1 if "row" in name else len(whole) - 2 if "col" in name else -1
     return found[missing.index(named)] if named in missing else None
 
@@ -170,6 +177,10 @@ def _row_factors(state: State, whole: torch.Size) -> Iterator[str]:
 
 
 def _rescale_factors_(cut: State, state: State, row: str, whole: torch.Size, index: Mapping[int, Tensor]) -> None:
+    """Scale what is left of a row and a column factor, so that the two stand for the same matrix as before."""
+    # Entry ij stands for r_i c_j / mean(r). With what is left of the factors, r' and c', and s_r = mean(r') / mean(r),
+    # it does so again as (r'_i s_c) (c'_j s_r) / mean(r' s_c). Both are scaled, each by the other's share, so that
+    # they stay what the next update takes them for: means over each other's entries.
     column, ndim = row.replace("row", "col"), len(whole)
     stacked = {dim: i for dim, i in index.items() if dim < ndim - 2}  # whole matrices that are cut
     shares = []
@@ -181,6 +192,7 @@ def _rescale_factors_(cut: State, state: State, row: str, whole: torch.Size, ind
 
 
 def _holds_tensors(value: Any) -> bool:
+    """Return whether a container holds a tensor, however deep."""
     if isinstance(value, Mapping):
         value = value.values()
     elif not isinstance(value, (list, tuple, set)):

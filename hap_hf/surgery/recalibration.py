@@ -1,22 +1,20 @@
 """New batch norm statistics for a network whose activations have changed."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from hap_hf.errors import BatchError
-from hap_hf.evidence.batches import call, move_to_model
+from hap_hf.evidence.batches import as_batch, call, move_to_model
 from hap_hf.evidence.processes import ALONE, Processes
+from hap_hf.host import BatchNorm
 from hap_hf.layers.projection import on_input
 from hap_hf.model.state import preserved
 
 
-def recalibrate_batch_norms_(
-    model: nn.Module, batches: Iterable[Mapping[str, Any]], *, processes: Processes = ALONE
-) -> int:
+def recalibrate_batch_norms_(model: nn.Module, batches: Iterable[Any], *, processes: Processes = ALONE) -> int:
     r"""Estimate the running mean and variance of every batch norm anew, from ``batches`` alone.
 
     Cut and implanted channels shift the activations of everything after them, while the statistics still describe the
@@ -39,8 +37,9 @@ def recalibrate_batch_norms_(
     Args:
         model: The model. Apart from the statistics it is left as found, ``num_batches_tracked`` included; after an
             exception, the statistics are the old ones too.
-        batches: Inputs for the model; labels may be there and are not needed. A batch norm behind global pooling takes
-            two samples or more in each. None is drawn if there is no batch norm to recalibrate.
+        batches: Inputs for the model, or pairs of inputs and labels; labels are not needed. A
+            batch norm behind global pooling takes two samples or more in each. None is drawn if there is no batch norm
+            to recalibrate.
         processes: The processes whose batches count; ``batches`` are the share of this one. By default nothing is
             exchanged with other processes.
 
@@ -54,18 +53,19 @@ def recalibrate_batch_norms_(
     norms = [
         _Statistics(name, module, module.running_mean, module.running_var)
         for name, module in model.named_modules()
-        if isinstance(module, _BatchNorm) and module.track_running_stats
+        if isinstance(module, BatchNorm) and module.track_running_stats
         if module.running_mean is not None and module.running_var is not None
     ]
     if not norms:
         return 0
     num_batches = 0
+    # The hook runs before the norm itself: what it writes into the buffers is what this very call normalises by.
     handles = [on_input(norm.module, norm.add) for norm in norms]
     try:
         # Code that was compiled before the hooks were there would not call them.
         with preserved(model), torch.no_grad(), torch.compiler.set_stance("force_eager"):
-            for batch in batches:
-                call(model, move_to_model(model, batch))
+            for index, batch in enumerate(batches):
+                call(model, move_to_model(model, as_batch(model, batch, index)))
                 num_batches += 1
     finally:
         for handle in handles:
@@ -98,7 +98,7 @@ class _Statistics:
         running_var: Its buffer, ``[num_features]``.
     """
 
-    def __init__(self, name: str, module: _BatchNorm, running_mean: Tensor, running_var: Tensor) -> None:
+    def __init__(self, name: str, module: BatchNorm, running_mean: Tensor, running_var: Tensor) -> None:
         self.name = name
         self.module = module
         self.running_mean = running_mean
@@ -128,6 +128,7 @@ class _Statistics:
         x = x if x.dtype == torch.float64 else x.float()
         var, mean = torch.var_mean(x, [d for d in range(x.dim()) if d != 1], correction=0)
         self.write(mean, var)
+        # Normalising takes the biased variance, as in training; running variances are unbiased ones.
         mean, var = mean.to(self.sums["mean"]), var.to(self.sums["var"])
         self.sums["values"] += num_values
         self.sums["mean"] += num_values * mean

@@ -2,66 +2,57 @@
 
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from typing import cast
 
 import torch
 from torch import nn
 
-from hap_hf.layers.implant_conv import ImplantConv2d
-from hap_hf.layers.implant_linear import ImplantLinear
-from hap_hf.layers.projection import implant_tensors, input_dim, is_projection, num_groups, output_dim, spatial_dims
+from hap_hf.layers import norms
+from hap_hf.layers.implants import implant_segments
+from hap_hf.layers.kind import kind_of
+from hap_hf.layers.projection import known
 from hap_hf.names.group import Slice
 from hap_hf.names.plan import GroupPlan
 from hap_hf.surgery.order import Order
 
 Cuts = Mapping[str, Mapping[int, Sequence[tuple[Slice, GroupPlan]]]]
+"""Slices of a stage with their plans, by tensor and dimension."""
 
 
-def segments_left(module: ImplantLinear | ImplantConv2d, path: str, cuts: Cuts) -> list[tuple[int, int]]:
+def segments_left(module: nn.Module, path: str, cuts: Cuts) -> list[tuple[int, int]]:
     """Return the segment sizes of a layer that had its implant before this stage.
 
     Args:
-        module: The layer.
+        module: A layer with an implant from an earlier stage.
         path: Its name.
-        cuts: Slices of the stage, with their plans, by tensor and dimension.
+        cuts: What the stage cuts.
 
     Returns:
         Kept and implanted features of each segment after the stage.
     """
+    kind, segments = known(module), implant_segments(module)
 
     def left(leaf: str, dim: int, sizes: Sequence[int]) -> list[int]:
+        """Return how many features each segment of one weight has left."""
         pairs = cuts.get(f"{path}.{leaf}", {}).get(dim)
+        # Cutting moves no unit to another segment, so the old indices in a segment's range are what it has left.
         survivors = Order(pairs, sum(sizes)).survivors if pairs else torch.arange(sum(sizes))
         bounds = torch.tensor([0, *sizes]).cumsum(0)
         return [int(((survivors >= a) & (survivors < b)).sum()) for a, b in pairwise(bounds.tolist())]
 
-    kept = left("weight", output_dim(module), [k for k, _ in module.segments])
-    implanted = left(implant_tensors(module)[1], 0, [i for _, i in module.segments])
+    # The two weights number their own outputs, segment after segment.
+    kept = left("weight", kind.output_dim(module), [k for k, _ in segments])
+    implanted = left(kind.makes[1], 0, [i for _, i in segments])
     return list(zip(kept, implanted, strict=True))
 
 
-def sync_sizes(module: nn.Module) -> None:
+def sync_sizes_(module: nn.Module) -> None:
     """Let the size attributes that torch modules print and check follow their parameters.
 
     Args:
         module: A module whose parameters were cut.
     """
-    if spatial_dims(module):
-        weight = module.get_parameter("weight")
-        convolution = cast(nn.Conv2d, module)
-        convolution.in_channels, convolution.out_channels = weight.shape[1] * num_groups(module), weight.shape[0]
-    elif is_projection(module):
-        weight = module.get_parameter("weight")
-        sizes = weight.shape[input_dim(module)], weight.shape[output_dim(module)]
-        names = ("nx", "nf") if type(module).__name__ == "Conv1D" else ("in_features", "out_features")
-        for name, size in zip(names, sizes, strict=True):
-            setattr(module, name, size)
-    elif isinstance(module, nn.Embedding):
-        module.num_embeddings, module.embedding_dim = module.weight.shape
-    elif isinstance(module, nn.LayerNorm) and module.weight is not None:
-        module.normalized_shape = tuple(module.weight.shape)
-    elif isinstance(module, nn.modules.batchnorm._NormBase):
-        sized = module.running_mean if module.weight is None else module.weight
-        module.num_features = sized.shape[0] if sized is not None else module.num_features
-    elif isinstance(module, nn.GroupNorm) and module.weight is not None:
-        module.num_channels = module.weight.shape[0]
+    kind = kind_of(module)
+    if kind is not None:
+        kind.sync_sizes_(module)
+    else:
+        norms.sync_sizes_(module)

@@ -4,6 +4,8 @@ import math
 
 from transformers import TrainerState
 
+from hap_hf.trainer.host import forget_averages_
+
 
 def forget_best_(state: TrainerState, scheduler: object) -> None:
     """Let the search for the best model begin anew with the pruned one.
@@ -23,7 +25,4 @@ def forget_best_(state: TrainerState, scheduler: object) -> None:
     if {"best", "mode"} <= watched.keys():  # ReduceLROnPlateau and GreedyLR
         watched["best"] = math.inf if watched["mode"] == "min" else -math.inf
         watched["num_bad_epochs"] = 0
-    if {"num_good_epochs", "_streaming_avg"} <= watched.keys():  # GreedyLR
-        watched["num_good_epochs"] = 0
-        if watched["_streaming_avg"] is not None:
-            watched["_streaming_avg"] = type(watched["_streaming_avg"])(watched["window_size"])
+    forget_averages_(scheduler)

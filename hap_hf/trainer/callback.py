@@ -13,14 +13,14 @@ from transformers.trainer_callback import ExportableState
 from hap_hf.config import HapConfig
 from hap_hf.errors import ConfigError
 from hap_hf.evidence.losses import LossFunction
-from hap_hf.pipeline import Round, prune_round
+from hap_hf.pipeline import prune_round
 from hap_hf.report import PruningReport
-from hap_hf.selection.rounds import Amounts
+from hap_hf.selection import Round
 from hap_hf.trainer.best_model import forget_best_
-from hap_hf.trainer.calling import calling_trainer
 from hap_hf.trainer.compiled import check_compiled, uncompiled
 from hap_hf.trainer.distributed import check_arguments, check_wrapping, processes_of, pruning_together, rewrap_
 from hap_hf.trainer.freezing import check_beginning, check_freezing, freeze_the_rest_
+from hap_hf.trainer.host import calling_trainer
 from hap_hf.trainer.optimizers import bare_optimizer, check_optimizer
 from hap_hf.trainer.progress import is_result_of, progress_from_dict, progress_to_dict, saved_progress
 from hap_hf.trainer.rebuilding import rebuild_before_loading
@@ -97,29 +97,16 @@ class HessianPruner(TrainerCallback, ExportableState):
         self.reports: list[PruningReport] = []
         self._batches = batches
         self._loss_fn = loss_fn
-        self._start: Amounts | None = None
+        self._start: float | None = None
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Let the Trainer prune its model like a checkpoint's before it loads that one's weights.
-
-        Args:
-            args: Unused.
-            state: Unused.
-            control: Unused.
-            **kwargs: Unused.
-        """
+        """Let the Trainer prune its model like a checkpoint's before it loads that one's weights."""
         rebuild_before_loading(calling_trainer(), type(self))
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Check that the training can be pruned, and do a round that is due before the first step.
-
-        Args:
-            args: The Trainer's arguments.
-            state: The Trainer's state.
-            control: Unused.
-            **kwargs: ``model``, ``optimizer`` and ``train_dataloader``.
 
         Raises:
             UnsupportedModelError: If the training runs in a way that cannot be pruned.
@@ -131,6 +118,7 @@ class HessianPruner(TrainerCallback, ExportableState):
         rewrap_(trainer)  # an earlier training may have left it behind a model that was pruned since
         processes = processes_of(args)
         with processes.agreeing("the beginning of the training"):
+            # First of all, as what is checked below matters only to rounds that are still to come.
             self._go_on(state, **kwargs)
             self._check_schedule(args, state)
             if self._done < self.num_rounds:
@@ -138,6 +126,7 @@ class HessianPruner(TrainerCallback, ExportableState):
                 check_optimizer(kwargs["optimizer"], kwargs["model"])
                 check_training_data(kwargs["train_dataloader"], self.config, needed=self._batches is None)
             check_beginning(kwargs["model"], self.num_rounds - self._done, self.also_train)
+        # Rounds that some processes do and others do not would leave them waiting for each other.
         settings = self.state()["args"]
         settings = {**settings.pop("config"), **settings, "given": self._given(), "rounds done": self._done}
         processes.check_same("settings of HessianPruner", settings, "start every process with the same script")
@@ -146,6 +135,7 @@ class HessianPruner(TrainerCallback, ExportableState):
         self._round_if_due(state.global_step if self.step is not None else int(state.epoch or 0), args, state, **kwargs)
 
     def _check_schedule(self, args: TrainingArguments, state: TrainerState) -> None:
+        """Check that the last round comes no later than the end of the training."""
         last = self._due(self.num_rounds)
         total = float(state.max_steps if self.step is not None else args.num_train_epochs)
         if self.step is None and args.max_steps > 0:
@@ -158,42 +148,22 @@ class HessianPruner(TrainerCallback, ExportableState):
             )
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Do the rounds that are due after this step.
-
-        Args:
-            args: The Trainer's arguments.
-            state: The Trainer's state.
-            control: Unused.
-            **kwargs: ``model``, ``optimizer`` and ``train_dataloader``.
-        """
+        """Do the round that is due after this step, if rounds go by steps."""
         if self.step is not None:
             self._round_if_due(state.global_step, args, state, **kwargs)
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Do the rounds that are due after this epoch.
-
-        Args:
-            args: The Trainer's arguments.
-            state: The Trainer's state.
-            control: Unused.
-            **kwargs: ``model``, ``optimizer`` and ``train_dataloader``.
-        """
+        """Do the round that is due after this epoch, if rounds go by epochs."""
         if self.step is None:
+            # `state.epoch` is a sum of fractions, which may fall short of the whole number.
             self._round_if_due(round(state.epoch or 0), args, state, **kwargs)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Warn if the training ended before the last round.
-
-        Args:
-            args: Unused.
-            state: The Trainer's state.
-            control: Unused.
-            **kwargs: Unused.
-        """
+        """Warn if the training ended before the last round."""
         if self._done < self.num_rounds:
             logger.warning(
                 "the training ended at step %d, after %d of %d pruning rounds: the model is larger than was asked for",
@@ -222,6 +192,7 @@ class HessianPruner(TrainerCallback, ExportableState):
         return len(self.reports)
 
     def _due(self, number: int) -> int:
+        """Return the step or epoch after which round ``number`` comes; 0 is before the first step."""
         first = self.step if self.step is not None else self.epoch or 0
         return first + (number - 1) * self.interval
 
@@ -230,6 +201,7 @@ class HessianPruner(TrainerCallback, ExportableState):
         saved = saved_progress(calling_trainer(), self, state)
         if saved is not None:
             self.progress = saved
+        # The rounds are the model's and not the callback's: a fresh model begins with the first.
         if not is_result_of(self.reports, kwargs["model"]):
             self.reports, self._start = [], None
         # The Trainer updates what it finds there at every save, and a checkpoint from before the callback has nothing.
@@ -247,10 +219,13 @@ class HessianPruner(TrainerCallback, ExportableState):
         return [name for name in ("batches", "loss_fn") if getattr(self, f"_{name}") is not None]
 
     def _round_if_due(self, reached: int, args: TrainingArguments, state: TrainerState, **kwargs: Any) -> None:
+        # One at a time, also where several are due, as for a callback that an old checkpoint knows nothing of: the
+        # model trains a step or an epoch between any two.
         if self._done < self.num_rounds and reached >= self._due(self._done + 1):
             self._round(args, state, **kwargs)
 
     def _round(self, args: TrainingArguments, state: TrainerState, **kwargs: Any) -> None:
+        """Do the next round: score, prune, report, and let the training go on with what is left."""
         trainer = calling_trainer()
         place = Round(self._done + 1, self.num_rounds, self._start)
         model = kwargs["model"]
@@ -262,29 +237,27 @@ class HessianPruner(TrainerCallback, ExportableState):
                 )
             else:
                 batches = processes.share(islice(self._batches, self.config.max_batches))
-            result = prune_round(
-                model,
-                batches,
-                self.config if state.is_local_process_zero else replace(self.config, progress=False),
-                place,
-                loss_fn=self._loss_fn or trainer_loss(trainer),
-                optimizer=bare_optimizer(kwargs["optimizer"]),
-                processes=processes,
-            )
-        self._start = result.start
-        self.reports.append(result.report)
+            config = self.config if state.is_local_process_zero else replace(self.config, progress=False)
+            loss_fn = self._loss_fn or trainer_loss(trainer)
+            with processes.agreeing("drawing batches"):
+                evidence = config.evidence(model, batches, loss_fn=loss_fn, processes=processes)
+            report, place = prune_round(evidence, config, place, bare_optimizer(kwargs["optimizer"]))
+        # Set after the round: one that fails has not taken place.
+        self._start = place.start
+        self.reports.append(report)
         self._freeze_if_done(**kwargs)
         forget_best_(state, kwargs["lr_scheduler"])
         with processes.agreeing("reporting"):
-            trainer.log(result.report.to_log())
+            trainer.log(report.to_log())
             if state.is_world_process_zero:
-                self._write(result.report, Path(args.output_dir or "."))
+                self._write(report, Path(args.output_dir or "."))
 
     def _freeze_if_done(self, **kwargs: Any) -> None:
         if self.train_only_implants and self._done >= self.num_rounds:
             freeze_the_rest_(calling_trainer(), kwargs["model"], kwargs["optimizer"], self.also_train)
 
     def _write(self, report: PruningReport, folder: Path) -> None:
+        """Write the report, and with several rounds also under the number of this one."""
         try:
             report.save(folder)
             if self.num_rounds > 1:

@@ -10,6 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer
 
 from hap_hf.errors import UnsupportedModelError
+from hap_hf.host import inside_compiled, is_compiled, is_compiled_in_place
 
 
 def check_compiled(trainer: Trainer, model: nn.Module) -> None:
@@ -23,9 +24,10 @@ def check_compiled(trainer: Trainer, model: nn.Module) -> None:
         UnsupportedModelError: If the model came compiled, or its parts are compiled one by one.
     """
     inner: Any = trainer.model_wrapped
-    while inner is not model and (_is_compiled(inner) or isinstance(inner, DistributedDataParallel)):
-        inner = inner.module if isinstance(inner, DistributedDataParallel) else inner._orig_mod
-    if inner is not model or any(_is_compiled(module) for module in model.modules()):
+    # Wrappers may be in either order: compiled inside of DistributedDataParallel, or the other way round.
+    while inner is not model and (is_compiled(inner) or isinstance(inner, DistributedDataParallel)):
+        inner = inner.module if isinstance(inner, DistributedDataParallel) else inside_compiled(inner)
+    if inner is not model or any(is_compiled(module) for module in model.modules()):
         raise UnsupportedModelError(
             "HessianPruner needs the weights under their own names, and this model, or parts of it, came compiled by "
             "torch.compile or are compiled one by one (ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION); give the Trainer "
@@ -41,19 +43,13 @@ def uncompiled(trainer: Trainer) -> Generator[None]:
     from before would count towards torch's limit of recompilations, behind which nothing is compiled any more.
 
     Args:
-        trainer: The Trainer.
-
-    Yields:
-        Nothing.
+        trainer: A Trainer whose model may be compiled as a whole or in place.
     """
     modules = trainer.model_wrapped.modules()
-    if not any(_is_compiled(module) or module._compiled_call_impl is not None for module in modules):
+    if not any(is_compiled(module) or is_compiled_in_place(module) for module in modules):
         yield
         return
     with torch.compiler.set_stance("force_eager"):
         yield
+    # Skipped after an error: the model is then the old one, for which the compiled code still holds.
     torch.compiler.reset()
-
-
-def _is_compiled(module: nn.Module) -> bool:
-    return isinstance(module, torch._dynamo.eval_frame.OptimizedModule)

@@ -11,6 +11,7 @@ from transformers import Trainer, TrainingArguments
 
 from hap_hf.errors import UnsupportedModelError
 from hap_hf.evidence.processes import Processes
+from hap_hf.trainer.host import averaged_parameters, build_anew_, communication_hooks
 
 _SHARDED = {"FSDP": "FSDP", "DEEPSPEED": "DeepSpeed", "MEGATRON_LM": "Megatron-LM", "XLA": "XLA"}
 """Kinds of distributed training, by accelerate's name, in which a process does not hold a whole torch model."""
@@ -39,7 +40,7 @@ def check_wrapping(trainer: Trainer, model: nn.Module) -> None:
     accelerator = trainer.accelerator
     parallelism = getattr(accelerator, "parallelism_config", None)
     wrapper = _wrapper_of(trainer)
-    hooks = [] if wrapper is None else [state for _, state in wrapper._comm_hooks]
+    hooks = [] if wrapper is None else [state for _, state in communication_hooks(wrapper)]
     kind = accelerator.distributed_type.value
     whole = not any(isinstance(p, DTensor) for p in model.parameters()) and (getattr(model, "tp_size", None) or 1) == 1
     _refuse({
@@ -56,6 +57,7 @@ def check_wrapping(trainer: Trainer, model: nn.Module) -> None:
 
 
 def _refuse(found: dict[str, bool]) -> None:
+    """Raise if one of these kinds of training is used."""
     for name, used in found.items():
         if used:
             raise UnsupportedModelError(
@@ -91,11 +93,11 @@ def pruning_together(trainer: Trainer, model: nn.Module) -> Generator[Processes]
     that surgery put in their place to each process.
 
     Args:
-        trainer: The Trainer.
+        trainer: A Trainer that is ready to train.
         model: Its model, not wrapped.
 
     Yields:
-        The processes.
+        The processes of the training.
     """
     processes = processes_of(trainer.args)
     wrapper = _wrapper_of(trainer)
@@ -112,27 +114,14 @@ def rewrap_(trainer: Trainer, *, anew: bool = False) -> None:
     It is built anew with accelerate's settings, in place: the training loop holds it in a local variable.
 
     Args:
-        trainer: The Trainer.
+        trainer: A Trainer whose model may have other parameters than when it was wrapped.
         anew: Whether to do so with the same parameters, too, of which others require gradients now.
     """
     wrapper = _wrapper_of(trainer)
     if wrapper is None:
         return
-    if not anew and list(map(id, wrapper._module_parameters)) == list(map(id, wrapper.module.parameters())):
+    # By identity: parameters with the same values are others for the reducer.
+    if not anew and list(map(id, averaged_parameters(wrapper))) == list(map(id, wrapper.module.parameters())):
         return
-    before = dict(vars(wrapper))
-    # Parameters that surgery left alone would tell the old reducer of their gradients for as long as anything holds it.
-    wrapper._remove_autograd_hooks()  # type: ignore[no-untyped-call]
     handler = trainer.accelerator.ddp_handler
-    DistributedDataParallel.__init__(
-        wrapper,
-        wrapper.module,
-        device_ids=wrapper.device_ids,
-        output_device=wrapper.output_device,
-        **(handler.to_kwargs() if handler is not None else {}),
-    )
-    # What others have put on it: hooks of modules, the training flag, marks of accelerate.
-    kept = {name for name in vars(nn.Module()) if name not in {"_parameters", "_buffers", "_modules"}}
-    vars(wrapper).update({k: v for k, v in before.items() if k in kept or k not in vars(wrapper)})
-    for hook, state in before["_comm_hooks"]:
-        wrapper.register_comm_hook(state, hook)
+    build_anew_(wrapper, **(handler.to_kwargs() if handler is not None else {}))

@@ -7,10 +7,11 @@ from typing import Any
 from torch import nn
 from transformers import Trainer
 
-from hap_hf.config import HapConfig, ImplantInit
+from hap_hf.config import HapConfig
 from hap_hf.errors import ConfigError
 from hap_hf.model.bare import check_bare
 from hap_hf.surgery import checked_patterns, train_only_implants_
+from hap_hf.surgery.calibration import ImplantInit
 from hap_hf.trainer.distributed import rewrap_
 from hap_hf.trainer.optimizers import bare_optimizer
 
@@ -64,7 +65,7 @@ def freeze_the_rest_(trainer: Trainer, model: nn.Module, optimizer: Any, also_tr
     """Let ``trainer`` train nothing but the implants of ``model`` from now on.
 
     Args:
-        trainer: The Trainer.
+        trainer: A Trainer whose last round is done.
         model: Its model, which was pruned.
         optimizer: Its optimizer, or accelerate's wrapper around it.
         also_train: Glob patterns of what is trained beside them.
@@ -72,6 +73,7 @@ def freeze_the_rest_(trainer: Trainer, model: nn.Module, optimizer: Any, also_tr
     before = [p.requires_grad for p in model.parameters()]
     names = train_only_implants_(model, also_train, optimizer=bare_optimizer(optimizer))
     if before != [p.requires_grad for p in model.parameters()]:
+        # The reducer would wait for gradients of parameters that no longer get any.
         rewrap_(trainer, anew=True)
         count = sum(p.numel() for p in model.parameters() if p.requires_grad)
         logger.info("from now on %d parameters in %d tensors are trained: %s", count, len(names), ", ".join(names))

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from hap_hf.errors import UnsupportedModelError
+from hap_hf.host import gradient_hooks
 
 _REFUSED = {
     "apollo_torch": "keeps its state in a space of low rank",
@@ -52,19 +53,22 @@ def check_optimizer(optimizer: object, model: nn.Module) -> None:
     name = f"{type(optimizer).__module__}.{type(optimizer).__qualname__}"
     if not isinstance(optimizer, Optimizer):
         raise UnsupportedModelError(f"expected an optimizer derived from torch.optim.Optimizer, got {name}; {_ADVICE}")
+    # Derived classes as well, by the package of any class they come from.
     for kind in type(optimizer).__mro__:
         reason = _REFUSED.get(kind.__module__.partition(".")[0])
         if reason is not None:
             raise UnsupportedModelError(f"{name} {reason}, which cannot be pruned with the weights; {_ADVICE}")
     for attribute, value in _own_attributes(optimizer):
         for kept in _leaves(value):
+            # Tensors of one entry are learning rates and the like.
             if isinstance(kept, (Optimizer, nn.Module)) or (isinstance(kept, Tensor) and kept.numel() > 1):
                 raise UnsupportedModelError(
                     f"{name} keeps a {type(kept).__name__} in {attribute}, which would go on with the parameters from "
                     f"before pruning; {_ADVICE}"
                 )
+    # Optimizers that step during the backward pass, for one, leave such hooks.
     for path, parameter in model.named_parameters():
-        if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
+        if gradient_hooks(parameter):
             raise UnsupportedModelError(
                 f"{path} has a hook on its gradient, which would be lost with the parameter; put it on the module "
                 "(register_full_backward_hook), train without it, or prune first with hap_hf.prune(model, batches, "
@@ -84,6 +88,7 @@ def _own_attributes(optimizer: Optimizer) -> Iterator[tuple[str, object]]:
 
 
 def _leaves(value: Any) -> Iterator[object]:
+    """Yield everything inside of containers, keys included: some optimizers keep options by parameter."""
     if isinstance(value, Mapping):
         for key, item in value.items():
             yield key

@@ -1,7 +1,6 @@
 """What a checkpoint keeps of the rounds done, so that a resumed training goes on with the next one."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
 from typing import Any
 
 from torch import nn
@@ -10,13 +9,11 @@ from transformers import Trainer, TrainerCallback, TrainerState
 from hap_hf.checkpoint import plan_of
 from hap_hf.checkpoint.record import check_described
 from hap_hf.errors import PlanMismatchError
-from hap_hf.names.group import Kind
 from hap_hf.names.plan import PruningPlan
-from hap_hf.report.report import GroupReport, ModelSize, PruningReport
-from hap_hf.selection.rounds import Amounts
+from hap_hf.report import PruningReport
 
 
-def progress_to_dict(reports: Iterable[PruningReport], start: Amounts | None) -> dict[str, Any]:
+def progress_to_dict(reports: Iterable[PruningReport], start: float | None) -> dict[str, Any]:
     """Return the rounds done as plain JSON values.
 
     Args:
@@ -26,56 +23,33 @@ def progress_to_dict(reports: Iterable[PruningReport], start: Amounts | None) ->
     Returns:
         The values.
     """
-    return {
-        "start": None if start is None else asdict(start),
-        "reports": [{**report.to_dict(), "plan": report.plan.to_dict()} for report in reports],
-    }
+    return {"start": start, "reports": [report.to_dict(with_plan=True) for report in reports]}
 
 
-def progress_from_dict(saved: Mapping[str, Any]) -> tuple[list[PruningReport], Amounts | None]:
+def progress_from_dict(saved: Mapping[str, Any]) -> tuple[list[PruningReport], float | None]:
     """Return what :func:`progress_to_dict` was given.
 
     Args:
-        saved: The values.
+        saved: Values from a checkpoint or from ``HessianPruner.progress``.
 
     Returns:
         The report of each round, and what could be pruned before the first.
     """
-    start = None if saved["start"] is None else Amounts(**saved["start"])
-    return [_report(values) for values in saved["reports"]], start
-
-
-def _report(saved: Mapping[str, Any]) -> PruningReport:
-    return PruningReport(
-        groups=tuple(_group_report(g) for g in saved["groups"]),
-        before=ModelSize(**saved["before"]),
-        after=ModelSize(**saved["after"]),
-        prunable_before=ModelSize(**saved["prunable_before"]),
-        prunable_after=ModelSize(**saved["prunable_after"]),
-        threshold=saved["threshold"],
-        negative_share=saved["negative_share"],
-        seconds=saved["seconds"],
-        plan=PruningPlan.from_dict(saved["plan"]),
-    )
-
-
-def _group_report(saved: Mapping[str, Any]) -> GroupReport:
-    values = {name: value for name, value in saved.items() if name != "summary"}  # which follows from the others
-    sizes = {name: ModelSize(**saved[name]) for name in ("before", "after")}
-    return GroupReport(**{**values, **sizes, "kind": Kind(saved["kind"])})
+    return [PruningReport.from_dict(values) for values in saved["reports"]], saved["start"]
 
 
 def saved_progress(trainer: Trainer, callback: TrainerCallback, state: TrainerState) -> Mapping[str, Any] | None:
     """Return what the Trainer's state holds of the rounds of ``callback``.
 
     Args:
-        trainer: The Trainer.
+        trainer: The Trainer that calls the callback.
         callback: One of its callbacks.
         state: Its state, new or read from a checkpoint.
 
     Returns:
         What :func:`progress_to_dict` returned when it was saved, or None where nothing was.
     """
+    # Of several callbacks of a class the Trainer saves a list in their order, without names.
     same = [c for c in trainer.callback_handler.callbacks if type(c) is type(callback)]
     entries = saved_entries(type(callback), len(same), state)
     position = same.index(callback)
@@ -128,6 +102,7 @@ def is_result_of(reports: Sequence[PruningReport], model: nn.Module) -> bool:
     recorded, done = plan_of(model), stages_of(reports)
     if recorded is None:
         return is_described(model, done)
+    # Stages are compared by value; the model may have been pruned before, in between or since.
     return all(stage in recorded.stages for stage in done.stages)
 
 
@@ -135,11 +110,11 @@ def is_described(model: nn.Module, plan: PruningPlan) -> bool:
     """Return whether every tensor of ``model`` has the shape that ``plan`` leaves it with.
 
     Args:
-        model: The model.
+        model: Any model, dense or pruned.
         plan: What may have been done to it.
 
     Returns:
-        True if so.
+        True if all tensors that the plan names are there, in these shapes.
     """
     try:
         check_described(model, plan)

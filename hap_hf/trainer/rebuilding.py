@@ -14,12 +14,13 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import CONFIG_NAME
 
 from hap_hf.checkpoint import plan_of, record_plan
-from hap_hf.checkpoint.loading import QUANT_METHOD, HapPlanConfig
-from hap_hf.config import ImplantInit
+from hap_hf.checkpoint.loading import QUANT_METHODS, HapPlanConfig
 from hap_hf.errors import ConfigError
 from hap_hf.model.rollback import undone_on_error
 from hap_hf.names.plan import PruningPlan
 from hap_hf.surgery import apply_plan_, carry_optimizer_state_
+from hap_hf.surgery.calibration import ImplantInit
+from hap_hf.trainer.host import wrap_loading_
 from hap_hf.trainer.progress import is_described, progress_from_dict, saved_entries, stages_of
 
 logger = logging.getLogger(__name__)
@@ -32,11 +33,10 @@ def rebuild_before_loading(trainer: Trainer, kind: type[TrainerCallback]) -> Non
     method that loads it is wrapped, on this one Trainer.
 
     Args:
-        trainer: The Trainer.
+        trainer: The one Trainer to change.
         kind: The class of the callback whose rounds are in the checkpoint.
     """
-    load = trainer._load_from_checkpoint
-    vars(trainer)["_load_from_checkpoint"] = partial(_rebuild_and_load, trainer, kind, load)
+    wrap_loading_(trainer, partial(_rebuild_and_load, trainer, kind))
 
 
 def _rebuild_and_load(
@@ -47,6 +47,7 @@ def _rebuild_and_load(
     *args: Any,
     **kwargs: Any,
 ) -> None:
+    """Do the rounds that the Trainer's model lacks of the checkpoint's, then load the weights."""
     model, folder = cast(nn.Module, trainer.model), Path(resume_from_checkpoint)
     missing = _missing_rounds(model, _plan_in(folder, kind, _read_state(folder), trainer), folder)
     if missing.stages:
@@ -57,10 +58,12 @@ def _rebuild_and_load(
             )
         # accelerate wraps an optimizer, after a first training; before it, only one of the user's exists.
         _prune_alike(model, missing, getattr(trainer.optimizer, "optimizer", trainer.optimizer))
+    # Now shapes agree, and so does the optimizer's list of parameters, whose state is loaded by position.
     load(resume_from_checkpoint, *args, **kwargs)
 
 
 def _prune_alike(model: nn.Module, missing: PruningPlan, optimizer: Optimizer | None) -> None:
+    """Apply to the Trainer's model, and to its optimizer if there is one, what the checkpoint's went through."""
     before = sum(p.numel() for p in model.parameters())
     with undone_on_error(model, optimizer):
         changes = apply_plan_(model, missing, init=ImplantInit.ZERO)  # all weights are loaded in a moment
@@ -77,10 +80,10 @@ def _read_state(folder: Path) -> TrainerState:
     The Trainer writes it last, so without it the checkpoint is what a full disk or a kill left behind.
 
     Args:
-        folder: The checkpoint.
+        folder: A checkpoint of the Trainer.
 
     Returns:
-        The state.
+        The state, with what the callbacks saved.
 
     Raises:
         ConfigError: If there is none, or half of one.
@@ -111,17 +114,17 @@ def _plan_in(folder: Path, kind: type[TrainerCallback], state: TrainerState, tra
     """Return what was done to the model of a checkpoint: its config says, or where it has none, the callback's state.
 
     Args:
-        folder: The checkpoint.
+        folder: A checkpoint of the Trainer.
         kind: The class of the callback.
         state: The Trainer's state in it.
-        trainer: The Trainer.
+        trainer: The Trainer that resumes.
 
     Returns:
         The plan, without stages for a dense model.
     """
     if isinstance(trainer.model, PreTrainedModel) and (folder / CONFIG_NAME).is_file():
         slot = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8")).get("quantization_config")
-        if isinstance(slot, Mapping) and slot.get("quant_method") == QUANT_METHOD:
+        if isinstance(slot, Mapping) and slot.get("quant_method") in QUANT_METHODS:
             plan: PruningPlan = HapPlanConfig.from_dict(slot).plan
             return plan
         return PruningPlan(())
@@ -136,7 +139,7 @@ def _missing_rounds(model: nn.Module, plan: PruningPlan, folder: Path) -> Prunin
     Args:
         model: The Trainer's model.
         plan: What was done to the checkpoint's.
-        folder: The checkpoint.
+        folder: The checkpoint, for messages.
 
     Returns:
         The stages that are left to do.
@@ -146,6 +149,7 @@ def _missing_rounds(model: nn.Module, plan: PruningPlan, folder: Path) -> Prunin
     """
     own = plan_of(model)
     if own is None and not isinstance(model, PreTrainedModel):
+        # No plan is recorded on other models: only their shapes tell.
         own = plan if is_described(model, plan) else None
     done = () if own is None else own.stages
     if plan.stages[: len(done)] != done:
@@ -154,7 +158,7 @@ def _missing_rounds(model: nn.Module, plan: PruningPlan, folder: Path) -> Prunin
             f"{len(done)} times and otherwise, which cannot be taken back; make a new Trainer around the checkpoint's: "
             f"{_loading(model, folder)}"
         )
-    return PruningPlan(plan.stages[len(done) :], plan.provenance)
+    return PruningPlan(plan.stages[len(done) :], plan.provenance[len(done) :])
 
 
 def _loading(model: nn.Module, folder: Path) -> str:

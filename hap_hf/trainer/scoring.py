@@ -18,6 +18,7 @@ from hap_hf.config import HapConfig
 from hap_hf.errors import BatchError, ConfigError
 from hap_hf.evidence.losses import LossFunction
 from hap_hf.evidence.processes import ALONE, Processes
+from hap_hf.trainer.host import forward_without_autocast
 
 
 @contextmanager
@@ -26,14 +27,12 @@ def without_autocast(model: nn.Module) -> Generator[None]:
 
     Args:
         model: The Trainer's model.
-
-    Yields:
-        Nothing.
     """
-    patched, original = model.__dict__.get("forward"), model.__dict__.get("_original_forward")
-    if patched is None or original is None:
+    both = forward_without_autocast(model)
+    if both is None:
         yield
         return
+    patched, original = both
     model.forward = original
     try:
         yield
@@ -45,7 +44,7 @@ def trainer_loss(trainer: Trainer) -> LossFunction:
     """Return the loss that ``trainer`` trains with, as a function of a model and a batch.
 
     Args:
-        trainer: The Trainer.
+        trainer: The Trainer whose loss it is.
 
     Returns:
         The mean loss of a batch, with label smoothing, ``compute_loss_func`` or a ``compute_loss`` of the Trainer's own
@@ -86,15 +85,15 @@ def scoring_batches(
 ) -> Iterator[Mapping[str, Any]]:
     """Yield the training batches that :class:`HessianPruner` scores on.
 
-    In an order that only ``config.seed`` decides, as are the random numbers that the data or the collator draws:
-    reading the Trainer's loader would move its sampler and change the training. Of a stream, a copy is read from where
-    it is.
+    Their order depends on ``config.seed`` alone, and so do the random numbers that the data or the collator draws. The
+    Trainer's own loader is not read, which would move its sampler and change the training. Of a dataset without a
+    length a copy is read, from where the dataset is at that moment.
 
     Args:
         dataset: The training data.
         collate_fn: Makes a batch out of samples.
         batch_size: Samples a batch.
-        config: Settings; ``seed`` and ``max_batches`` are used.
+        config: Its ``seed`` and ``max_batches`` are used.
         processes: The processes that share the batches, whatever their number.
 
     Yields:
@@ -115,6 +114,7 @@ def scoring_batches(
         raise BatchError("expected training data to score on, got an empty dataset")
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(config.seed)).tolist()
     most = len(order) if config.max_batches is None else config.max_batches * batch_size
+    # The number of a batch, and with it its random numbers, is the same whichever process makes it.
     for start in processes.share(range(0, min(len(order), most), batch_size)):
         with _random_numbers_of(config.seed, start // batch_size):
             batch = collate_fn([dataset[i] for i in order[start : start + batch_size]])
@@ -126,8 +126,8 @@ def check_training_data(loader: Any, config: HapConfig, *, needed: bool = True) 
 
     Args:
         loader: The Trainer's loader.
-        config: Settings.
-        needed: Whether it is what is scored on.
+        config: Its ``max_batches`` is used.
+        needed: Whether the training data is what is scored on.
 
     Raises:
         ConfigError: If the loader does not tell what batches are made of, or a stream cannot be copied or has no end.
@@ -154,6 +154,7 @@ def _is_stream(dataset: Any) -> bool:
 
 
 def _copy_of(stream: Any) -> Any:
+    """Return a copy of a dataset without a length, and not of accelerate's wrapper, which deals out its samples."""
     stream = stream.dataset if isinstance(stream, IterableDatasetShard) else stream
     try:
         return copy.deepcopy(stream)
@@ -166,6 +167,7 @@ def _copy_of(stream: Any) -> Any:
 
 
 def _drawn(batches: Iterator[Mapping[str, Any]], seed: int) -> Iterator[Mapping[str, Any]]:
+    """Yield batches, each drawn with random numbers that depend on ``seed`` and its own number alone."""
     for number in count():
         with _random_numbers_of(seed, number):
             batch = next(batches, None)
@@ -176,15 +178,13 @@ def _drawn(batches: Iterator[Mapping[str, Any]], seed: int) -> Iterator[Mapping[
 
 @contextmanager
 def _random_numbers_of(seed: int, number: int) -> Generator[None]:
-    """Let the random numbers inside the block depend on ``seed`` and ``number``, and those behind it not on the block.
+    """Let random numbers inside the block depend on ``seed`` and ``number``, and put back the states from before it.
 
     Args:
         seed: The config's.
         number: Number of the batch that is made.
-
-    Yields:
-        Nothing.
     """
+    # One number for each batch, out of a stream of the seed: sums of seed and number would meet those of other seeds.
     own = int(torch.randint(2**32, (number + 1,), generator=torch.Generator().manual_seed(seed))[-1])
     python, legacy = random.getstate(), np.random.get_state()  # ruff: ignore[numpy-legacy-random]
     try:

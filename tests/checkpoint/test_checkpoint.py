@@ -8,7 +8,7 @@ import textwrap
 import pytest
 import torch
 from cases import CASES
-from checkpoints import heads_may_change, prune_, pruned, single
+from checkpoints import edited, heads_may_change, prune_, pruned, single
 from reference import logits
 from torch import nn
 from transformers import (
@@ -43,6 +43,7 @@ def test_logits_are_bitwise_equal_after_two_round_trips(name, tmp_path):
     assert twice.state_dict().keys() == model.state_dict().keys()
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("name", ["bert", "vit", "gpt2", "qwen3", "bart"])
 def test_a_model_pruned_again_after_loading_reloads_with_both_stages(name, tmp_path):
     model, batch = pruned(name)
@@ -273,5 +274,31 @@ def test_save_pruned_refuses_a_model_that_was_not_pruned(tmp_path):
 def test_registration_happens_on_import():
     from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 
-    assert AUTO_QUANTIZER_MAPPING["hap"] is hap_hf.checkpoint.loading.HapQuantizer
-    assert AUTO_QUANTIZATION_CONFIG_MAPPING["hap"] is hap_hf.checkpoint.loading.HapPlanConfig
+    for name in ("hap_hf", "hap"):
+        assert AUTO_QUANTIZER_MAPPING[name] is hap_hf.checkpoint.loading.HapQuantizer
+        assert AUTO_QUANTIZATION_CONFIG_MAPPING[name] is hap_hf.checkpoint.loading.HapPlanConfig
+
+
+def as_hap_hf_0_1_wrote_it(config):
+    """Give a config the older name of the method, and its plan format 1: bare lists of groups, one provenance."""
+    stages = config["quantization_config"]["plan"]["stages"]
+    origin = {"threshold": 0.25, "method": "hessian", "seed": 3}
+    plan = {"format": 1, "stages": [stage["groups"] for stage in stages], "provenance": origin}
+    config["quantization_config"] = {"quant_method": "hap", "plan": plan}
+
+
+@pytest.mark.parametrize("name", ["bert", "llama"])
+def test_a_checkpoint_of_hap_hf_0_1_is_the_same_model_and_is_saved_in_todays_form(name, tmp_path):
+    model, batch = pruned(name)
+    prune_(model, batch, seed=3)
+    model.save_pretrained(tmp_path / "new")
+    old = type(model).from_pretrained(edited(tmp_path / "new", tmp_path / "old", config=as_hap_hf_0_1_wrote_it))
+    assert torch.equal(logits(old, batch), logits(model, batch))
+    assert plan_of(old).stages == plan_of(model).stages
+    assert plan_of(old).provenance == ({}, {"threshold": 0.25, "method": "hessian", "seed": 3})
+    old.save_pretrained(tmp_path / "again")
+    entry = json.loads((tmp_path / "again" / "config.json").read_text())["quantization_config"]
+    assert (entry["quant_method"], entry["plan"]["format"]) == ("hap_hf", 2)
+    again = type(model).from_pretrained(tmp_path / "again")
+    assert torch.equal(logits(again, batch), logits(model, batch))
+    assert plan_of(again) == plan_of(old)

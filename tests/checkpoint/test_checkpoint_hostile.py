@@ -37,8 +37,12 @@ def plan_in(config):
     return config["quantization_config"]["plan"]
 
 
+def groups_in(config):
+    return plan_in(config)["stages"][0]["groups"]
+
+
 def group_in(config, name):
-    return next(g for g in plan_in(config)["stages"][0] if g["name"] == name)
+    return next(g for g in groups_in(config) if g["name"] == name)
 
 
 MALFORMED = {
@@ -47,13 +51,13 @@ MALFORMED = {
     "an entry too many": (lambda c: c["quantization_config"].update(code="x"), "must hold quant_method and plan"),
     "a newer format": (lambda c: plan_in(c).update(format=FORMAT_VERSION + 1), "upgrade hap_hf"),
     "stages are a string": (lambda c: plan_in(c).update(stages="kkk"), "stages must be a list"),
-    "too few actions": (lambda c: plan_in(c)["stages"][0][0].update(actions="k"), "exactly 4 units"),
+    "too few actions": (lambda c: groups_in(c)[0].update(actions="k"), "exactly 4 units"),
     "a huge rank": (
         lambda c: group_in(c, "bert.encoder.layer.1:ffn").update(ranks={f"{UP}.weight": 2**31 - 1}),
         "ranks.* must lie between 1 and",
     ),
-    "a name that is none": (lambda c: plan_in(c)["stages"][0][0]["slices"][0].__setitem__(0, "../x"), "name"),
-    "a huge shape": (lambda c: plan_in(c)["stages"][0][0]["slices"][0].__setitem__(1, [10**12, 4]), "must lie between"),
+    "a name that is none": (lambda c: groups_in(c)[0]["slices"][0].__setitem__(0, "../x"), "name"),
+    "a huge shape": (lambda c: groups_in(c)[0]["slices"][0].__setitem__(1, [10**12, 4]), "must lie between"),
 }
 
 
@@ -98,7 +102,7 @@ def test_an_implant_that_saves_nothing_is_refused(saved, tmp_path):
 @pytest.mark.parametrize("attribute", ["bert.encoder.num_heads", "bert.config.vocab_size", "bert.training"])
 def test_an_attribute_that_is_no_counter_of_a_module_is_refused(attribute, saved, tmp_path):
     def count(config):
-        plan_in(config)["stages"][0][0]["counters"] = [[attribute, 1]]
+        groups_in(config)[0]["counters"] = [[attribute, 1]]
 
     with pytest.raises(PlanMismatchError, match=rf"{attribute}: expected an integer attribute"):
         load(edited(saved, tmp_path / "model", config=count))
@@ -123,7 +127,7 @@ def test_a_buffer_that_no_checkpoint_holds_is_not_cut(tmp_path):
     def cut(config):
         frequencies = ["model.rotary_emb.inv_freq", [3], 0, 0, 1, "aligned", 0]
         group = {"name": "x", "kind": "ffn", "units": 3, "slices": [frequencies], "actions": "2kp"}
-        plan_in(config)["stages"][0].append(group)
+        groups_in(config).append(group)
 
     with pytest.raises(PlanMismatchError, match=r"inv_freq: expected a weight that checkpoints hold"):
         AutoModelForCausalLM.from_pretrained(edited(tmp_path / "model", tmp_path / "edited", config=cut))
@@ -141,7 +145,7 @@ def test_sizes_that_no_weight_pays_for_cost_neither_time_nor_memory(saved, tmp_p
             [f"{down}.weight", [24, huge], 1, 0, 1, "consumer", 0],
         ]
         group = {"name": "x", "kind": "ffn", "units": 2, "slices": slices, "actions": "kp"}
-        plan_in(config)["stages"] = [[group]]
+        plan_in(config)["stages"] = [{"groups": [group]}]
 
     with pytest.raises(PlanMismatchError, match=r"cuts tensors of 3000000000 rows and columns, and the checkpoint has"):
         load(edited(saved, tmp_path / "model", config=enlarge))
@@ -218,8 +222,7 @@ def test_a_plan_that_keeps_what_was_removed_is_refused(kwargs, saved, tmp_path):
 
 def test_a_plan_that_leaves_out_a_group_is_refused(saved, tmp_path):
     def leave_out(config):
-        stage = plan_in(config)["stages"][0]
-        stage.remove(group_in(config, "bert.encoder.layer.1:ffn"))
+        groups_in(config).remove(group_in(config, "bert.encoder.layer.1:ffn"))
 
     path = edited(saved, tmp_path / "model", config=leave_out)
     with pytest.raises(PlanMismatchError, match="never initialised anew, not with ignore_mismatched_sizes"):
@@ -264,10 +267,32 @@ def test_missing_weights_of_an_offloaded_layer_raise_when_they_are_used(saved, t
 
 
 def test_a_dense_checkpoint_with_a_plan_is_refused(saved, tmp_path):
-    model = BertForSequenceClassification(BertConfig.from_pretrained(saved))
-    model.save_pretrained(tmp_path)
+    config = BertConfig.from_pretrained(saved)
+    entry = config.__dict__.pop("quantization_config")
+    BertForSequenceClassification(config).save_pretrained(tmp_path / "dense")
+    path = edited(tmp_path / "dense", tmp_path / "model", config=lambda c: c.update(quantization_config=entry))
     with pytest.raises(PlanMismatchError, match="take both from one save"):
-        load(tmp_path)
+        load(path)
+
+
+def test_a_dense_model_with_the_config_of_a_pruned_one_is_not_saved(saved, tmp_path):
+    model = BertForSequenceClassification(BertConfig.from_pretrained(saved))
+    with pytest.raises(PlanMismatchError, match=r"shape \[24, 24\], the plan leaves \[24, 18\].* take the plan off"):
+        model.save_pretrained(tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+    del model.config.quantization_config
+    model.save_pretrained(tmp_path / "model")
+    assert load(tmp_path / "model").num_parameters() == model.num_parameters()
+
+
+def test_other_weights_than_the_plan_leaves_are_not_saved_in_the_place_of_a_models_own(saved, tmp_path):
+    model = load(saved)
+    weights = dict(model.state_dict())
+    model.save_pretrained(tmp_path / "model", state_dict=weights)
+    dense = {**weights, f"{UP}.weight": torch.zeros(20, 24)}
+    with pytest.raises(PlanMismatchError, match=rf"{UP}.weight has shape \[20, 24\], the plan leaves \[\d+, 24\]"):
+        model.save_pretrained(tmp_path / "dense", state_dict=dense)
+    assert not (tmp_path / "dense").exists()
 
 
 def test_a_plan_as_an_argument_for_a_dense_checkpoint_is_refused(saved, tmp_path):
@@ -285,10 +310,11 @@ def test_quantizing_while_loading_is_refused(saved):
 
 def test_a_plan_with_very_many_units_is_read(saved, tmp_path):
     def provenance(config):
-        plan_in(config)["provenance"] = {f"key {i}": "x" * 1000 for i in range(60)}
+        plan_in(config)["stages"][0]["provenance"] = {f"key {i}": "x" * 1000 for i in range(60)}
 
     model = load(edited(saved, tmp_path / "model", config=provenance))
-    assert len(plan_of(model).provenance) == 60
+    (origin,) = plan_of(model).provenance
+    assert len(origin) == 60
 
 
 def test_a_failed_load_leaves_later_ones_alone(saved, tmp_path):

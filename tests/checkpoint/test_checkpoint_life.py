@@ -36,7 +36,7 @@ def test_nothing_says_quantized_but_the_record(loaded):
         for name in ("hf_quantizer", "quantization_method", "is_quantized"):
             assert not hasattr(module, name)
     assert not hasattr(model.config, "_is_quantized")
-    assert model.config.quantization_config["quant_method"] == "hap"
+    assert model.config.quantization_config["quant_method"] == "hap_hf"
 
 
 def test_casts_are_allowed(loaded):

@@ -123,7 +123,7 @@ def test_saved_again_it_is_a_checkpoint_of_hap_hf(bert, tmp_path):
     again = AutoModelForSequenceClassification.from_pretrained(tmp_path / "again")
     assert torch.equal(logits(again, batch), logits(model, batch))
     values = json.loads((tmp_path / "again" / "config.json").read_text())
-    assert values["quantization_config"]["quant_method"] == "hap"
+    assert values["quantization_config"]["quant_method"] == "hap_hf"
     assert "pruned_heads" not in values
 
 

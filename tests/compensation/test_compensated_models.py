@@ -9,26 +9,20 @@ import pytest
 import torch
 from cases import batch_of, build
 from channel_nets import Chain, Head, Residual, conv
-from compensations import EXACT, TEXT, measured
+from compensations import TEXT, evidence_of, make_up_for_, measured
 from plans import plan_of
 from reference import logits
 from scored_models import bert, config, net, snapshot, text_batch
 from torch import Tensor, nn
 
 import hap_hf.pipeline
-from hap_hf import (
-    BatchError,
-    Compensation,
-    apply_plan_,
-    find_groups,
-    make_plan,
-    prune,
-    score_in_passes,
-)
+from hap_hf import BatchError, Compensation, apply_plan_, find_groups, make_plan, prune
 from hap_hf.compensation.fit import fit_removed
 from hap_hf.model.masking import masked
+from hap_hf.model.values import replace_values_
+from hap_hf.names.actions import PRUNE
 from hap_hf.names.group import Group, Kind, Role, Slice
-from hap_hf.names.plan import PRUNE
+from hap_hf.selection import score_in_passes
 
 
 def every_third(groups: Iterable[Group]) -> dict[Group, list[int]]:
@@ -46,7 +40,7 @@ def test_pruned_and_compensated_is_silenced_and_compensated(family: str) -> None
     with masked(model, removed.items()):
         assert not torch.allclose(logits(model, batch), expected)
     plan = plan_of(removed)
-    compensation.apply_(plan)
+    make_up_for_(compensation, plan)
     apply_plan_(model, plan)
     torch.testing.assert_close(logits(model, batch), expected, rtol=1e-9, atol=1e-11)
 
@@ -92,7 +86,7 @@ def test_twins_of_what_stays_go_without_a_trace() -> None:
     plan = plan_of({group: [4, 5]})
     cut = copy.deepcopy(model)
     apply_plan_(cut, plan)
-    measured(model, [group], batch).apply_(plan)
+    make_up_for_(measured(model, [group], batch), plan)
     apply_plan_(model, plan)
     lost, left = ((logits(m, batch) - dense).square().mean() for m in (cut, model))
     assert left < 1e-6 * lost
@@ -137,16 +131,18 @@ def test_prune_compensates_by_default_with_mask_ggn_and_only_then() -> None:
     assert settings.compensates
     assert not config(method="hessian").compensates
     assert config(method="hessian", compensate=True).compensates
-    compensation = Compensation.measure(by_hand, groups, batches, settings)
-    scores = score_in_passes(by_hand, groups, batches, settings, compensation=compensation)
+    evidence = settings.evidence(by_hand, batches)
+    compensation = Compensation.measure(evidence, groups)
+    scores = score_in_passes(evidence, groups, settings, compensation=compensation)
     plan = make_plan(groups, scores, settings)
-    compensation.apply_best_(plan, batches, settings)
+    replace_values_(by_hand, compensation.best_values(plan.stages[0], evidence))
     apply_plan_(by_hand, plan)
     model, plain = bert().eval(), bert().eval()
     report = prune(model, batches, settings)
-    assert report.plan.provenance["compensate"] is True
+    assert set(report.seconds) > {"measuring", "compensation"}
     assert torch.equal(logits(model, TEXT), logits(by_hand, TEXT))
-    prune(plain, batches, config(prune_ratio=0.4, method="mask_ggn", num_passes=2, compensate=False))
+    report = prune(plain, batches, config(prune_ratio=0.4, method="mask_ggn", num_passes=2, compensate=False))
+    assert not {"measuring", "compensation"} & set(report.seconds)
     assert not torch.allclose(logits(model, TEXT), logits(plain, TEXT))
 
 
@@ -164,8 +160,11 @@ def test_of_several_regularisations_the_one_with_the_least_loss_is_taken() -> No
     losses = [loss(values) for values in choices]
     assert len(set(losses)) == 4
     best = choices[losses.index(min(losses))]
-    compensation.apply_best_(plan_of(removed), iter([TEXT]), EXACT)
-    assert all(torch.equal(model.get_parameter(name), value) for name, value in best.items())
+    before = snapshot(model)
+    values = compensation.best_values(plan_of(removed).stages[0], evidence_of(model, iter([TEXT])))
+    assert values.keys() == best.keys()
+    assert all(torch.equal(values[name], value) for name, value in best.items())
+    assert snapshot(model) == before
 
 
 def test_compensation_that_makes_the_model_worse_is_not_done() -> None:
@@ -179,8 +178,7 @@ def test_compensation_that_makes_the_model_worse_is_not_done() -> None:
     def loss(module: nn.Module, batch: Any) -> Tensor:
         return (module(**batch).logits - cut).square().mean()
 
-    changes = measured(model, groups).apply_best_(plan, [TEXT], EXACT, loss_fn=loss)
-    assert changes == ()
+    assert measured(model, groups).best_values(plan.stages[0], evidence_of(model, loss_fn=loss)) == {}
     assert snapshot(model) == before
 
 
@@ -191,7 +189,7 @@ def test_batches_to_compare_losses_on_must_have_loss_terms() -> None:
     before = snapshot(model)
     unlabelled = {**TEXT, "labels": torch.full((6,), -100)}
     with pytest.raises(BatchError, match="expected loss terms in the batches, got 1 with none"):
-        compensation.apply_best_(plan_of(every_third(groups)), [unlabelled], EXACT)
+        compensation.best_values(plan_of(every_third(groups)).stages[0], evidence_of(model, [unlabelled]))
     assert snapshot(model) == before
 
 
@@ -247,7 +245,7 @@ def cross_entropy(module: nn.Module, inputs: Any) -> Tensor:
 def assert_made_up_for(model: nn.Module) -> Compensation:
     """Check that a net without two channels of each group is nearer to the whole one with compensation, cut or not."""
     groups = find_groups(model, {"x": X})
-    compensation = Compensation.measure(model, groups, [IMAGES], EXACT, loss_fn=cross_entropy)
+    compensation = measured(model, groups, IMAGES, loss_fn=cross_entropy)
     gone = {g: [0, 2] for g in groups}
     dense = model(X)
     with masked(model, gone.items()):
@@ -256,7 +254,7 @@ def assert_made_up_for(model: nn.Module) -> Compensation:
         compensated = model(X)
     assert (compensated - dense).square().mean() < lost
     plan = plan_of(gone)
-    compensation.apply_(plan)
+    make_up_for_(compensation, plan)
     apply_plan_(model, plan)
     torch.testing.assert_close(model(X), compensated, rtol=1e-9, atol=1e-11)
     return compensation

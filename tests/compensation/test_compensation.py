@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from compensations import EXACT, TEXT, measured
+from compensations import TEXT, evidence_of, measured
 from scored_models import BATCH, FFN, bert, net, snapshot
 from torch import Tensor, nn
 
@@ -15,6 +15,8 @@ from hap_hf import (
     find_groups,
 )
 from hap_hf.compensation.fit import RIDGES, fit_removed
+
+pytestmark = pytest.mark.fast
 
 # What is measured
 
@@ -37,7 +39,7 @@ def test_batches_add_up() -> None:
     model, groups = net(), [FFN]
     parts = [{k: v[i : i + 2] for k, v in BATCH.items()} for i in (0, 2, 4)]
     (whole,) = measured(model, groups, BATCH).moments.values()
-    (sums,) = Compensation.measure(model, groups, parts, EXACT).moments.values()
+    (sums,) = Compensation.measure(evidence_of(model, parts), groups, num_output_probes=None).moments.values()
     torch.testing.assert_close(sums, whole, rtol=1e-9, atol=1e-12)
 
 
@@ -74,7 +76,15 @@ def test_measuring_leaves_the_model_as_it_was() -> None:
 
 def test_batches_without_loss_terms_are_refused() -> None:
     with pytest.raises(BatchError, match="got none"):
-        Compensation.measure(net(), [FFN], [], EXACT)
+        Compensation.measure(evidence_of(net(), []), [FFN])
+
+
+def test_a_single_sample_to_tell_from_is_said_to_be_too_few(caplog: pytest.LogCaptureFixture) -> None:
+    one, two = ({k: v[:n] for k, v in BATCH.items()} for n in (1, 2))
+    measured(net(), [FFN], two)
+    assert not caplog.records
+    measured(net(), [FFN], one)
+    assert "1 of 1 layers, down among them, are not compensated: it takes two samples" in caplog.text
 
 
 def test_gradients_that_are_not_finite_name_the_layer() -> None:
@@ -84,7 +94,7 @@ def test_gradients_that_are_not_finite_name_the_layer() -> None:
             p *= 1e-80
         model.down.weight *= 1e80
     with pytest.raises(CurvatureError, match=r"batch 0: expected finite gradients, .* in the inputs of down; "):
-        Compensation.measure(model, [FFN], [BATCH], EXACT, loss_fn=lambda m, b: m(**b).loss * 1e150)
+        measured(model, [FFN], BATCH, loss_fn=lambda m, b: m(**b).loss * 1e150)
 
 
 # What is fitted

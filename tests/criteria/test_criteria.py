@@ -2,21 +2,21 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 from reference_curvature import dense_hessian, hadamard, split_like
 from reference_ggn import dense_ggn, gradient
-from scored_models import BATCH, FFN, bert, config, heads, net, text_batch
+from scored_models import BATCH, FFN, bert, config, heads, net, score, text_batch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 from transformers import BertForTokenClassification
 
-from hap_hf.criteria import score_groups
+import hap_hf
 from hap_hf.curvature import sample_means
-from hap_hf.evidence.task import ScoringTask
+from hap_hf.evidence.evidence import Evidence
 from hap_hf.names.group import Group, Kind, Role, Slice
 
 
@@ -163,7 +163,7 @@ def test_ggn_is_the_relative_trace_of_the_dense_matrix(case: str, coupling: str)
     model, groups, batch = CASES[case]()
     tensors = tensors_of(model, groups)
     diagonal = split_like(ggn_of(model, tensors, batch).diagonal(), tensors)
-    scores = score_groups(model, groups, [batch], config(method="ggn", coupling=coupling, num_output_probes=None))
+    scores = score(model, groups, [batch], config(method="ggn", coupling=coupling, num_output_probes=None))
     for group in groups:
         truth = relative_trace(diagonal, tensors, group, coupling)
         torch.testing.assert_close(scores.sensitivity[group.name], truth, rtol=1e-9, atol=1e-12)
@@ -176,7 +176,7 @@ def test_quadratic_scores_are_the_form_in_the_units_weights(case: str, method: s
     model, groups, batch = CASES[case]()
     tensors = tensors_of(model, groups)
     matrix = ggn_of(model, tensors, batch)
-    scores = score_groups(model, groups, [batch], config(method=method, num_output_probes=None))
+    scores = score(model, groups, [batch], config(method=method, num_output_probes=None))
     for group in groups:
         truth = []
         for unit in range(group.num_units):
@@ -199,7 +199,7 @@ def test_the_empirical_fisher_has_squared_gradients_of_the_labels(case: str, cou
     for sample in samples(batch):
         g = gradient(summed_loss(model, sample), tensors)
         squares = {n: squares[n] + g[n].square() / terms(batch) for n in g}
-    scores = score_groups(model, groups, [batch], config(method="empirical_fisher", coupling=coupling))
+    scores = score(model, groups, [batch], config(method="empirical_fisher", coupling=coupling))
     for group in groups:
         truth = relative_trace(squares, tensors, group, coupling)
         torch.testing.assert_close(scores.sensitivity[group.name], truth, rtol=1e-9, atol=1e-12)
@@ -210,7 +210,7 @@ def test_taylor_is_the_first_order_change_of_the_mean_loss(case: str) -> None:
     model, groups, batch = CASES[case]()
     tensors = tensors_of(model, groups)
     g = gradient(model(**batch).loss, tensors)
-    scores = score_groups(model, groups, [batch], config(method="taylor"))
+    scores = score(model, groups, [batch], config(method="taylor"))
     for group in groups:
         truth = [inner(g, tensors, unit_masks(group, u, MATRICES)).abs() for u in range(group.num_units)]
         torch.testing.assert_close(scores.sensitivity[group.name], torch.stack(truth), rtol=1e-9, atol=1e-12)
@@ -249,7 +249,7 @@ def mask_gradients(model: nn.Module, group: Group, batch: Mapping[str, Tensor]) 
 @pytest.mark.parametrize("case", CASES)
 def test_mask_fisher_is_half_the_mean_square_of_the_gradients_of_a_mask(case: str) -> None:
     model, groups, batch = CASES[case]()
-    scores = score_groups(model, groups, [batch], config(method="mask_fisher"))
+    scores = score(model, groups, [batch], config(method="mask_fisher"))
     for group in groups:
         truth = mask_gradients(model, group, batch).square().sum(0) / terms(batch) / 2
         torch.testing.assert_close(scores.sensitivity[group.name], truth, rtol=1e-9, atol=1e-12)
@@ -259,7 +259,7 @@ def test_mask_fisher_is_half_the_mean_square_of_the_gradients_of_a_mask(case: st
 def test_mask_ggn_is_half_the_mean_square_of_a_masks_effect_on_the_models_own_losses(case: str) -> None:
     """Fisher's form of the same matrix: labels drawn from the prediction, each counted by its probability."""
     model, groups, batch = CASES[case]()
-    scores = score_groups(model, groups, [batch], config(method="mask_ggn", num_output_probes=None))
+    scores = score(model, groups, [batch], config(method="mask_ggn", num_output_probes=None))
     for group in groups:
         truth = torch.zeros(group.num_units, dtype=torch.float64)
         with masked(model, group) as mask:
@@ -276,7 +276,7 @@ def test_mask_ggn_is_half_the_mean_square_of_a_masks_effect_on_the_models_own_lo
 @pytest.mark.parametrize("case", CASES)
 def test_michel_is_the_mean_absolute_gradient_of_a_mask_normalised_in_each_group(case: str) -> None:
     model, groups, batch = CASES[case]()
-    scores = score_groups(model, groups, [batch], config(method="michel"))
+    scores = score(model, groups, [batch], config(method="michel"))
     for group in groups:
         truth = mask_gradients(model, group, batch).abs().sum(0)
         torch.testing.assert_close(scores.sensitivity[group.name], truth / truth.norm(), rtol=1e-9, atol=1e-12)
@@ -285,12 +285,12 @@ def test_michel_is_the_mean_absolute_gradient_of_a_mask_normalised_in_each_group
 @pytest.mark.parametrize("coupling", ["joint", "sum", "filter"])
 def test_the_hessian_method_combines_slices_in_the_same_ways(coupling: str, monkeypatch: pytest.MonkeyPatch) -> None:
     matrix = hadamard(32)
-    monkeypatch.setattr(ScoringTask, "signs", lambda task, like, batch, probe: split_like(matrix[probe], like))
+    monkeypatch.setattr(Evidence, "signs", lambda evidence, like, batch, probe: split_like(matrix[probe], like))
     model = net()
     tensors = tensors_of(model, [FFN])
     hessian = dense_hessian(lambda w: functional_call(model, w, kwargs=BATCH).loss, tensors)
     truth = relative_trace(split_like(hessian.diagonal(), tensors), tensors, FFN, coupling)
-    scores = score_groups(model, [FFN], [BATCH], config(coupling=coupling, num_probes=32))
+    scores = score(model, [FFN], [BATCH], config(coupling=coupling, num_probes=32))
     torch.testing.assert_close(scores.sensitivity["net:ffn"], truth, rtol=0, atol=1e-8)
 
 
@@ -305,5 +305,10 @@ def test_magnitude_combines_slices_in_the_same_ways(coupling: str) -> None:
         norms = torch.stack([(tensors[n].detach().square() * m).sum() for n, m in masks])
         entries = torch.stack([m.sum() for _, m in masks])
         truth.append(norms.sum() / entries.sum() if coupling == "joint" else (norms / entries).sum())
-    scores = score_groups(model, [CHANNELS], [], config(method="magnitude", coupling=coupling))
+    scores = score(model, [CHANNELS], [], config(method="magnitude", coupling=coupling))
     torch.testing.assert_close(scores.sensitivity["channels"], torch.stack(truth))
+
+
+def test_the_list_of_criteria_does_not_hide_the_package_of_that_name() -> None:
+    # ``import hap_hf.criteria.hessian as module`` goes through this attribute.
+    assert isinstance(hap_hf.criteria, ModuleType)

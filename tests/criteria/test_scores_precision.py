@@ -6,14 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from scored_models import BATCH, FFN, config, net
+from scored_models import BATCH, FFN, config, net, score
 from torch import Tensor, nn
 
-from hap_hf.config import Precision
-from hap_hf.criteria import UnitWeights, score_groups
+from hap_hf.criteria import UnitWeights
 from hap_hf.curvature import TraceEstimate, estimate_traces, hutchinson, rademacher
 from hap_hf.errors import CurvatureError
 from hap_hf.evidence.losses import batch_losses
+from hap_hf.evidence.precision import Precision
 
 HALF = {"x": BATCH["x"].float(), "labels": BATCH["labels"]}
 TOLERANCE = {"fp32": 1e-5, "bf16": 8e-2, "fp16": 1e-2}  # a few units in the last place of 8 and 11 bits
@@ -35,12 +35,12 @@ def relative_error(result: Tensor, truth: Tensor) -> float:
 
 def truth() -> Tensor:
     """Return the sensitivities in float64, with the probes of every test here."""
-    return score_groups(net(), [FFN], [BATCH], config()).sensitivity["net:ffn"]
+    return score(net(), [FFN], [BATCH], config()).sensitivity["net:ffn"]
 
 
 @pytest.mark.parametrize("precision", list(TOLERANCE))
 def test_autocast_agrees_with_float64_to_the_precision_of_its_dtype(precision: str) -> None:
-    scores = score_groups(net().float(), [FFN], [HALF], config(precision=precision))
+    scores = score(net().float(), [FFN], [HALF], config(precision=precision))
     assert relative_error(scores.sensitivity["net:ffn"], truth()) < TOLERANCE[precision]
 
 
@@ -53,7 +53,7 @@ def test_autocast_really_computes_in_half_precision(precision: str, at_least: fl
         dtypes.add(output.logits.dtype)
         return output.loss
 
-    scores = score_groups(net().float(), [FFN], [HALF], config(precision=precision), loss_fn=loss)
+    scores = score(net().float(), [FFN], [HALF], config(precision=precision), loss_fn=loss)
     assert dtypes == {torch.bfloat16 if precision == "bf16" else torch.float16}
     assert relative_error(scores.sensitivity["net:ffn"], truth()) > at_least
 
@@ -61,7 +61,7 @@ def test_autocast_really_computes_in_half_precision(precision: str, at_least: fl
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.12), (torch.float16, 1e-2)])
 def test_models_stored_in_any_dtype_are_scored(dtype: torch.dtype, tolerance: float) -> None:
     batch = {"x": BATCH["x"].to(dtype), "labels": BATCH["labels"]}
-    scores = score_groups(net().to(dtype), [FFN], [batch], config())
+    scores = score(net().to(dtype), [FFN], [batch], config())
     assert relative_error(scores.sensitivity["net:ffn"], truth()) < tolerance
 
 
@@ -72,7 +72,7 @@ def traces(loss_scale: float, factor: float = 1.0) -> TraceEstimate:
     return estimate_traces(
         batch_losses(model, [HALF], times(factor), Precision.FP16),
         units.tensors,
-        units.sums,
+        lambda products: units.totals(units.marginals(products)),
         partial(rademacher, units.tensors, 0),
         num_probes=8,
         loss_scale=loss_scale,
@@ -103,7 +103,7 @@ def test_an_overflow_lowers_the_scale_for_good_and_computes_the_loss_only_once(m
         calls.append(1)
         return 2.0**10 * model(**batch).loss
 
-    full = score_groups(net(), [FFN], [BATCH] * 2, config(), loss_fn=large)
+    full = score(net(), [FFN], [BATCH] * 2, config(), loss_fn=large)
     calls.clear()
     scales: list[float] = []
     original = hutchinson.differentiable_gradient
@@ -113,7 +113,7 @@ def test_an_overflow_lowers_the_scale_for_good_and_computes_the_loss_only_once(m
         return original(loss, tensors, scale)
 
     monkeypatch.setattr(hutchinson, "differentiable_gradient", watching)
-    scores = score_groups(net().float(), [FFN], [HALF] * 2, config(precision="fp16"), loss_fn=large)
+    scores = score(net().float(), [FFN], [HALF] * 2, config(precision="fp16"), loss_fn=large)
     assert len(calls) == 2
     assert scales[:2] == [2.0**16, 2.0**14]
     assert scales[-1] == scales[-2] < 2.0**16  # the second batch starts where the first one ended
@@ -122,11 +122,11 @@ def test_an_overflow_lowers_the_scale_for_good_and_computes_the_loss_only_once(m
 
 def test_an_overflow_without_any_scale_is_an_error() -> None:
     with pytest.raises(CurvatureError, match=r"batch 0: expected finite second derivatives, .* score in fp32"):
-        score_groups(net().float(), [FFN], [HALF], config(precision="fp16"), loss_fn=times(1e7))
+        score(net().float(), [FFN], [HALF], config(precision="fp16"), loss_fn=times(1e7))
 
 
 def test_the_callers_autocast_does_not_reach_in() -> None:
-    plain = score_groups(net().float(), [FFN], [HALF], config())
+    plain = score(net().float(), [FFN], [HALF], config())
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        inside = score_groups(net().float(), [FFN], [HALF], config())
+        inside = score(net().float(), [FFN], [HALF], config())
     assert torch.equal(inside.sensitivity["net:ffn"], plain.sensitivity["net:ffn"])

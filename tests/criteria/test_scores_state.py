@@ -6,10 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from scored_models import BATCH, FFN, bert, config, heads, net, snapshot, text_batch
+from scored_models import BATCH, FFN, bert, config, heads, net, score, snapshot, text_batch
 from torch import Tensor, nn
 
-from hap_hf.criteria import score_groups
 from hap_hf.errors import BatchError, CurvatureError, UnsupportedModelError
 from hap_hf.names.group import Group, Kind, Role, Slice
 
@@ -43,7 +42,7 @@ def test_the_model_is_left_as_found_however_scoring_ends(ending: BaseException |
         return model(**batch).loss
 
     def run() -> None:
-        score_groups(model, [heads(0)], [labelled()] * 2, config(num_probes=2), loss_fn=loss)
+        score(model, [heads(0)], [labelled()] * 2, config(num_probes=2), loss_fn=loss)
 
     if ending is None:
         run()
@@ -57,15 +56,14 @@ def test_the_model_is_left_as_found_however_scoring_ends(ending: BaseException |
 def test_frozen_weights_are_scored_like_others() -> None:
     plain, frozen = bert(), bert().requires_grad_(False)
     first, second = (
-        score_groups(m, [heads(1)], [labelled()], config(num_probes=2)).sensitivity[heads(1).name]
-        for m in (plain, frozen)
+        score(m, [heads(1)], [labelled()], config(num_probes=2)).sensitivity[heads(1).name] for m in (plain, frozen)
     )
     assert torch.equal(first, second)
 
 
 def test_dropout_and_training_mode_do_not_matter() -> None:
     first, second = (
-        score_groups(m, [heads(1)], [labelled()], config(num_probes=2)).sensitivity[heads(1).name]
+        score(m, [heads(1)], [labelled()], config(num_probes=2)).sensitivity[heads(1).name]
         for m in (bert().train(), bert().eval())
     )
     assert torch.equal(first, second)
@@ -77,7 +75,7 @@ def test_gradient_checkpointing_does_not_matter_and_stays_on() -> None:
         if hasattr(module, "gradient_checkpointing"):
             module.gradient_checkpointing = True
     first, second = (
-        score_groups(m, [heads(0)], [labelled()], config(num_probes=2)).sensitivity[heads(0).name]
+        score(m, [heads(0)], [labelled()], config(num_probes=2)).sensitivity[heads(0).name]
         for m in (plain, checkpointed)
     )
     assert torch.equal(first, second)
@@ -86,53 +84,61 @@ def test_gradient_checkpointing_does_not_matter_and_stays_on() -> None:
 
 def test_batches_without_labels_are_an_error() -> None:
     with pytest.raises(BatchError, match=r"Net returned no loss for a batch with \['x'\]: the batches hold no labels"):
-        score_groups(net(), [FFN], [{"x": BATCH["x"]}], config())
+        score(net(), [FFN], [{"x": BATCH["x"]}], config())
 
 
 def test_a_model_that_returns_a_dict_without_loss_is_an_error() -> None:
     model = net()
     model.forward = lambda x: {"logits": x}
     with pytest.raises(BatchError, match="returned no loss"):
-        score_groups(model, [FFN], [{"x": BATCH["x"]}], config())
+        score(model, [FFN], [{"x": BATCH["x"]}], config())
 
 
 def test_no_batches_are_an_error() -> None:
     with pytest.raises(BatchError, match="expected at least one batch, got none"):
-        score_groups(net(), [FFN], [], config())
+        score(net(), [FFN], [], config())
 
 
 def test_batches_of_ignored_labels_only_are_an_error() -> None:
     batch = {**BATCH, "labels": torch.full((6,), -100)}
     with pytest.raises(BatchError, match="expected loss terms in the batches, got 1 with none"):
-        score_groups(net(), [FFN], [batch], config())
+        score(net(), [FFN], [batch], config())
 
 
 def test_a_batch_that_is_no_mapping_is_an_error() -> None:
-    with pytest.raises(BatchError, match="batch 1: expected a mapping from argument names to tensors, got tuple"):
-        score_groups(net(), [FFN], [BATCH, (BATCH["x"], BATCH["labels"])], config())
+    with pytest.raises(BatchError, match=r"batch 1: expected a mapping or a pair of tensors, got a tuple of 3 \("):
+        score(net(), [FFN], [BATCH, (BATCH["x"], BATCH["labels"], BATCH["labels"])], config())
+
+
+def test_a_pair_of_inputs_and_labels_is_scored_as_the_mapping_it_stands_for() -> None:
+    pairs, mappings = (
+        score(net(), [FFN], batches, config()).sensitivity["net:ffn"]
+        for batches in ([(BATCH["x"], BATCH["labels"]), [BATCH["x"], BATCH["labels"]]], [BATCH] * 2)
+    )
+    assert torch.equal(pairs, mappings)
 
 
 def test_a_loss_that_is_not_finite_is_an_error() -> None:
     spoilt = {**BATCH, "x": BATCH["x"] * float("nan")}
     with pytest.raises(CurvatureError, match="batch 1: expected a finite loss, got nan"):
-        score_groups(net(), [FFN], [BATCH, spoilt], config())
+        score(net(), [FFN], [BATCH, spoilt], config())
 
 
 def test_a_loss_that_does_not_depend_on_the_weights_is_an_error() -> None:
     constant = torch.ones((), dtype=torch.float64)
     with pytest.raises(CurvatureError, match="batch 0: expected a loss that depends on the weights"):
-        score_groups(net(), [FFN], [BATCH], config(), loss_fn=lambda model, batch: constant)
+        score(net(), [FFN], [BATCH], config(), loss_fn=lambda model, batch: constant)
 
 
 def test_no_groups_are_an_error() -> None:
     with pytest.raises(UnsupportedModelError, match="expected at least one group to score, got none"):
-        score_groups(net(), [], [BATCH], config())
+        score(net(), [], [BATCH], config())
 
 
 def test_a_group_without_matrices_is_an_error() -> None:
     group = Group("biases", Kind.FFN, 4, (Slice("up.bias", (4,), 0, 0, 1, Role.ALIGNED),))
     with pytest.raises(UnsupportedModelError, match="biases has no weight matrix"):
-        score_groups(net(), [group], [BATCH], config())
+        score(net(), [group], [BATCH], config())
 
 
 @pytest.mark.parametrize(
@@ -144,18 +150,18 @@ def test_groups_of_another_model_are_an_error(name: str, shape: tuple[int, ...],
     with pytest.raises(
         UnsupportedModelError, match=rf"ffn: expected a floating-point parameter {name} .* Net, got {got}"
     ):
-        score_groups(net(), [group], [BATCH], config())
+        score(net(), [group], [BATCH], config())
 
 
 def test_quantized_weights_are_an_error() -> None:
     model = net()
     model.up.weight = nn.Parameter(torch.ones(4, 3, dtype=torch.int8), requires_grad=False)
     with pytest.raises(UnsupportedModelError, match=r"up.weight .* got \[4, 3\] of torch.int8"):
-        score_groups(model, [FFN], [BATCH], config())
+        score(model, [FFN], [BATCH], config())
 
 
 def test_foreign_attention_kernels_are_an_error() -> None:
     model = net()
     model.down.config = SimpleNamespace(_attn_implementation="flash_attention_2")
     with pytest.raises(UnsupportedModelError, match="'flash_attention_2', which may not be differentiable twice"):
-        score_groups(model, [FFN], [BATCH], config())
+        score(model, [FFN], [BATCH], config())

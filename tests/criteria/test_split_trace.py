@@ -9,16 +9,15 @@ import torch
 from ggn_models import CASES, X
 from reference_curvature import dense_hessian, hadamard, split_like
 from reference_ggn import dense_ggn
-from scored_models import BATCH, FFN, bert, config, heads, net, text_batch
+from scored_models import BATCH, FFN, bert, config, heads, net, score, text_batch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 from transformers import BertForTokenClassification
 
-import hap_hf.criteria.hessian
-import hap_hf.evidence.task
-from hap_hf.criteria import Scores, score_groups
+from hap_hf.criteria import Scores, hessian_split
 from hap_hf.curvature import LinearisedLosses, differentiable_gradient, estimate_traces, hvp, rademacher
+from hap_hf.evidence import evidence
 from hap_hf.model.state import preserved
 from hap_hf.names.group import Group, Kind, Role, Slice
 
@@ -29,9 +28,7 @@ NAME = "net:ffn"
 def exact(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """Make the 20 weights of the net's neurons see Hadamard probes; return the settings that make both traces exact."""
     matrix = hadamard(32)
-    monkeypatch.setattr(
-        hap_hf.evidence.task, "rademacher", lambda tensors, seed, batch, probe: split_like(matrix[probe], tensors)
-    )
+    monkeypatch.setattr(evidence, "rademacher", lambda tensors, seed, batch, probe: split_like(matrix[probe], tensors))
     return {"method": "hessian_split", "num_probes": 32, "num_output_probes": None}
 
 
@@ -68,7 +65,7 @@ def test_with_exact_probes_the_sum_of_both_traces_is_that_of_the_dense_hessian(
     coupling: str, exact: dict[str, Any]
 ) -> None:
     model = net()
-    scores = score_groups(model, [FFN], [BATCH], config(**exact, coupling=coupling))
+    scores = score(model, [FFN], [BATCH], config(**exact, coupling=coupling))
     torch.testing.assert_close(scores.sensitivity[NAME], expected(model, coupling), rtol=0, atol=1e-9)
 
 
@@ -147,7 +144,8 @@ def test_where_outputs_are_linear_in_the_weights_the_scores_are_those_of_the_gau
 ) -> None:
     torch.manual_seed(0)
     model = Linear().double()
-    both, ggn = (score_groups(model, [ROWS], [BATCH], config(method=m, **setting)) for m in ("hessian_split", "ggn"))
+    both = score(model, [ROWS], [BATCH], split(**setting))
+    ggn = score(model, [ROWS], [BATCH], config(method="ggn", num_output_probes=None))
     assert torch.equal(both.sensitivity[ROWS.name], ggn.sensitivity[ROWS.name])
     assert torch.equal(both.standard_error[ROWS.name], ggn.standard_error[ROWS.name])
     if "stop_share" in setting:
@@ -191,7 +189,7 @@ def three() -> tuple[nn.Module, Tensor]:
 
 def runs(model: nn.Module, group: Group, batch: Mapping[str, Any], count: int, **settings: Any) -> list[Scores]:
     """Return the scores for some seeds."""
-    return [score_groups(model, [group], [batch], split(seed=s, **settings)) for s in range(count)]
+    return [score(model, [group], [batch], split(seed=s, **settings)) for s in range(count)]
 
 
 def every_sign(like: Mapping[str, Tensor], seed: int, batch: int, probe: int) -> dict[str, Tensor]:
@@ -205,9 +203,9 @@ def test_the_mean_over_all_signs_at_the_outputs_is_exact(
     exact: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, truth = three()
-    monkeypatch.setattr(hap_hf.criteria.hessian, "rademacher", every_sign)
+    monkeypatch.setattr(hessian_split, "rademacher", every_sign)
     found, one = (
-        score_groups(model, [THREE], [THREE_BATCH], config(**{**exact, "num_output_probes": n})).sensitivity[NAME]
+        score(model, [THREE], [THREE_BATCH], config(**{**exact, "num_output_probes": n})).sensitivity[NAME]
         for n in (4, 1)
     )
     torch.testing.assert_close(found, truth, rtol=0, atol=1e-9)
@@ -226,7 +224,7 @@ def test_two_standard_errors_cover_the_exact_trace_most_of_the_time() -> None:
 def test_squared_standard_errors_are_those_of_the_gauss_newton_trace_and_of_the_probes() -> None:
     model = net()
     both, ggn = (
-        score_groups(model, [FFN], [BATCH], config(method=m, num_output_probes=None)).standard_error[NAME]
+        score(model, [FFN], [BATCH], config(method=m, num_output_probes=None)).standard_error[NAME]
         for m in ("hessian_split", "ggn")
     )
     tensors = {"up.weight": model.up.weight, "down.weight": model.down.weight}
@@ -246,11 +244,8 @@ def test_squared_standard_errors_are_those_of_the_gauss_newton_trace_and_of_the_
 def test_near_a_minimum_the_noise_is_a_fraction_of_that_of_probes_alone() -> None:
     model = trained()
     spread = {}
-    for method in ("hessian", "hessian_split"):
-        samples = [
-            score_groups(model, [FFN], [BATCH], config(method=method, num_probes=2, seed=s, num_output_probes=None))
-            for s in range(30)
-        ]
+    for method, own in (("hessian", {}), ("hessian_split", {"num_output_probes": None})):
+        samples = [score(model, [FFN], [BATCH], config(method=method, num_probes=2, seed=s, **own)) for s in range(30)]
         spread[method] = torch.stack([s.sensitivity[NAME] for s in samples]).var(0)
     truth = expected(model)
     assert (spread["hessian_split"] < 0.05 * spread["hessian"]).all()
@@ -259,7 +254,7 @@ def test_near_a_minimum_the_noise_is_a_fraction_of_that_of_probes_alone() -> Non
 
 def test_splitting_a_batch_changes_nothing(exact: dict[str, Any]) -> None:
     parts = [{k: v[:2] for k, v in BATCH.items()}, {k: v[2:] for k, v in BATCH.items()}]
-    whole, halves = (score_groups(net(), [FFN], b, config(**exact)) for b in ([BATCH], parts))
+    whole, halves = (score(net(), [FFN], b, config(**exact)) for b in ([BATCH], parts))
     torch.testing.assert_close(halves.sensitivity[NAME], whole.sensitivity[NAME], rtol=0, atol=1e-12)
     assert (halves.num_batches, halves.num_loss_terms) == (2, 6)
 
@@ -269,7 +264,7 @@ def test_ignored_labels_do_not_count(exact: dict[str, Any]) -> None:
     labels[[0, 4]] = -100
     kept = [i for i in range(6) if i not in {0, 4}]
     fewer = {k: v[kept] for k, v in BATCH.items()}
-    padded, short = (score_groups(net(), [FFN], [b], config(**exact)) for b in ({**BATCH, "labels": labels}, fewer))
+    padded, short = (score(net(), [FFN], [b], config(**exact)) for b in ({**BATCH, "labels": labels}, fewer))
     torch.testing.assert_close(padded.sensitivity[NAME], short.sensitivity[NAME], rtol=0, atol=1e-12)
     assert padded.num_loss_terms == 4
 
@@ -277,7 +272,7 @@ def test_ignored_labels_do_not_count(exact: dict[str, Any]) -> None:
 def test_frozen_weights_are_scored_like_others() -> None:
     batch = text_batch(labels=torch.tensor([0, 1, 1]))
     plain, frozen = (
-        score_groups(m, [heads(1)], [batch], split(num_probes=2)).sensitivity[heads(1).name]
+        score(m, [heads(1)], [batch], split(num_probes=2)).sensitivity[heads(1).name]
         for m in (bert(), bert().requires_grad_(False))
     )
     assert torch.equal(plain, frozen)
@@ -285,27 +280,27 @@ def test_frozen_weights_are_scored_like_others() -> None:
 
 def test_probes_of_weights_and_signs_at_outputs_come_from_different_streams(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: dict[Any, set[tuple[int, ...]]] = {}
-    for module in (hap_hf.evidence.task, hap_hf.criteria.hessian):
+    for module in (evidence, hessian_split):
 
         def watching(tensors: Any, *key: int, module: Any = module) -> Any:
             seen.setdefault(module, set()).add(key)
             return rademacher(tensors, *key)
 
         monkeypatch.setattr(module, "rademacher", watching)
-    score_groups(net(), [FFN], [BATCH, BATCH], split(num_probes=3, num_output_probes=3))
-    weights, outputs = seen[hap_hf.evidence.task], seen[hap_hf.criteria.hessian]
+    score(net(), [FFN], [BATCH, BATCH], split(num_probes=3, num_output_probes=3))
+    weights, outputs = seen[evidence], seen[hessian_split]
     assert (len(weights), len(outputs)) == (6, 6)
     assert not weights & outputs
 
 
 def test_batches_from_an_iterator_are_the_same_ones_for_both_traces() -> None:
     halves = [{k: v[:2] for k, v in BATCH.items()}, {k: v[2:] for k, v in BATCH.items()}]
-    listed, streamed = (score_groups(net(), [FFN], b, split()) for b in (halves, iter(halves)))
+    listed, streamed = (score(net(), [FFN], b, split()) for b in (halves, iter(halves)))
     assert torch.equal(listed.sensitivity[NAME], streamed.sensitivity[NAME])
     assert streamed.num_batches == 2
 
 
 def test_the_method_says_how_it_scored() -> None:
-    scores = score_groups(net(), [FFN], [BATCH], split(num_probes=3))
+    scores = score(net(), [FFN], [BATCH], split(num_probes=3))
     assert (scores.method, scores.num_probes, scores.num_batches, scores.num_loss_terms) == ("hessian_split", 3, 1, 6)
     assert scores.settled is None

@@ -5,10 +5,9 @@ from functools import partial
 
 import pytest
 import torch
-from scored_models import BATCH, FFN, config, net
+from scored_models import BATCH, FFN, config, net, score
 from torch import Tensor, nn
 
-from hap_hf.criteria import score_groups
 from hap_hf.curvature import LinearisedLosses, estimate_traces, rademacher
 from hap_hf.errors import CurvatureError, UnsupportedModelError
 
@@ -18,10 +17,8 @@ NAME = "net:ffn"
 
 @pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-5), ("bf16", 8e-2), ("fp16", 1e-2)])
 def test_autocast_agrees_with_float64_to_the_precision_of_its_dtype(precision: str, tolerance: float) -> None:
-    truth = score_groups(net(), [FFN], [BATCH], config(method="hessian_split")).sensitivity[NAME]
-    found = score_groups(net().float(), [FFN], [HALF], config(method="hessian_split", precision=precision)).sensitivity[
-        NAME
-    ]
+    truth = score(net(), [FFN], [BATCH], config(method="hessian_split")).sensitivity[NAME]
+    found = score(net().float(), [FFN], [HALF], config(method="hessian_split", precision=precision)).sensitivity[NAME]
     assert (found - truth).norm() < tolerance * truth.norm()
 
 
@@ -53,7 +50,7 @@ def test_a_loss_scale_under_which_slopes_overflow_is_lowered() -> None:
 
 def test_a_loss_that_weights_reach_past_the_outputs_is_an_error() -> None:
     with pytest.raises(UnsupportedModelError, match=r"computed from the model's outputs alone, .* up.weight reaches"):
-        score_groups(
+        score(
             net(),
             [FFN],
             [BATCH],

@@ -5,13 +5,13 @@ from typing import Any
 
 import pytest
 import torch
-from scored_models import BATCH, FFN, bert, config, net, text_batch
+from scored_models import BATCH, FFN, bert, config, net, score, text_batch
 from synthetic_groups import ffn_group, heads_group, random_scores
 from torch import Tensor, nn
 
 import hap_hf
 from hap_hf.config import HapConfig
-from hap_hf.criteria import Scores, score_groups
+from hap_hf.criteria import Scores
 from hap_hf.criteria.stopping import expected_threshold, near_threshold
 from hap_hf.selection import make_plan
 
@@ -24,7 +24,7 @@ HARD: dict[str, Any] = {"prune_ratio": 0.5, "stop_share": 0.3, "num_probes": 64}
 
 def scored(batches: Any = (BATCH,), **settings: Any) -> Scores:
     """Return the scores of the net."""
-    return score_groups(net(), [FFN], batches, config(**settings))
+    return score(net(), [FFN], batches, config(**settings))
 
 
 def undecided(scores: Scores, rank: int) -> float:
@@ -74,7 +74,7 @@ def test_without_noise_the_first_look_is_the_last() -> None:
     def quadratic(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
         return model.up.weight.square().sum() + model.down.weight.square().sum()
 
-    scores = score_groups(net(), [FFN], [BATCH], config(**{**HARD, "stop_share": 1e-9}), loss_fn=quadratic)
+    scores = score(net(), [FFN], [BATCH], config(**{**HARD, "stop_share": 1e-9}), loss_fn=quadratic)
     assert (scores.num_probes, scores.settled) == (4, True)
 
 
@@ -125,8 +125,9 @@ def test_the_threshold_is_that_of_the_plan(amount: dict[str, Any]) -> None:
         for found in scores.sensitivity.values():
             found[found.argmax()] = 1e6  # the best unit of a group stays in any case
         plan = make_plan(groups, scores, settings)
-        values = torch.cat([scores.sensitivity[g.name] / g.unit_cost(settings.per) for g in groups])
-        assert plan.provenance["threshold"] == expected_threshold(groups, values, settings)
+        per = settings.per
+        values = torch.cat([scores.sensitivity[g.name] / (per.unit_cost(g) if per else 1) for g in groups])
+        assert plan.provenance[-1]["threshold"] == expected_threshold(groups, values, settings.asked)
 
 
 @pytest.mark.parametrize(
@@ -134,19 +135,21 @@ def test_the_threshold_is_that_of_the_plan(amount: dict[str, Any]) -> None:
     [(0.001, False, "as many as allowed, stop_share not met"), (0.5, True, "stopped by stop_share")],
 )
 def test_the_outcome_is_in_the_report(share: float, outcome: bool, words: str) -> None:
-    settings = config(num_probes=16, stop_share=share, kinds="ffn", num_output_probes=3, prune_ratio=0.1)
+    settings = config(num_probes=16, stop_share=share, kinds="ffn", prune_ratio=0.1)
     report = hap_hf.prune(bert(), [text_batch(labels=torch.tensor([0, 1, 1]))], settings)
-    p = report.provenance
-    assert (p["settled"], p["stop_share"], p["num_output_probes"]) == (outcome, share, 3)
-    assert report.to_dict()["provenance"]["settled"] is outcome
-    assert f"hessian, {p['num_probes']} probes, 1 batches, {words}" in report.to_markdown()
+    p = report.plan.provenance[-1]
+    assert (p["settled"], p["settings"]["method"]["stop_share"]) == (outcome, share)
+    assert report.to_dict()["provenance"][-1]["settled"] is outcome
+    assert f"hessian, {p['num_probes']} probes, 1 batch, {words}" in report.to_markdown()
     assert (report.uncertain_units / 48 < share) is outcome
     assert (p["num_probes"] == 16) is not outcome
 
 
 def test_without_the_rule_the_report_does_not_mention_it() -> None:
-    settings = config(num_probes=2, kinds="ffn", method="hessian_split")
+    settings = config(num_probes=2, kinds="ffn", method="hessian_split", num_output_probes=3)
     report = hap_hf.prune(bert(), [text_batch(labels=torch.tensor([0, 1, 1]))], settings)
-    assert report.provenance["settled"] is None
-    assert report.provenance["hvp"] == "double_backward"
-    assert "- method: hessian_split, 2 probes, 1 batches\n" in report.to_markdown()
+    p = report.plan.provenance[-1]
+    assert p["settled"] is None
+    method = p["settings"]["method"]
+    assert (method["hvp"], method["stop_share"], method["num_output_probes"]) == ("double_backward", None, 3)
+    assert "- method: hessian_split, 2 probes, 1 batch\n" in report.to_markdown()

@@ -12,6 +12,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from hap_hf.curvature import differentiable_gradient, hvp
 from hap_hf.errors import CurvatureError
 
+pytestmark = pytest.mark.fast
+
 X = torch.randn(6, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 LABELS = torch.tensor([0, 1, 2, 1, 0, 3])
 

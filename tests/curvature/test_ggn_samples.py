@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from ggn_models import LABELS, TOKEN_LABELS, Net, X, batch, check, expected, net, run, tokens
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hap_hf.curvature import (
@@ -20,6 +20,8 @@ from hap_hf.curvature import (
     times_weights,
 )
 from hap_hf.errors import BatchError, CurvatureError, UnsupportedModelError
+
+pytestmark = pytest.mark.fast
 
 
 def total(z: Tensor, y: Tensor) -> Tensor:
@@ -96,6 +98,30 @@ class Functional(Net):
         return super().forward(x) + 0.1 * F.linear(torch.tanh(x), self.up.weight)[..., :3].mean(1)
 
 
+class ScaleAsView(nn.Module):
+    """Multiplies with a weight and returns a view of the product."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the view."""
+        return (x * self.weight).flatten(0, 1).view(x.shape)
+
+
+class OverwrittenView(Net):
+    """The net, with a layer of another kind whose output, a view, is overwritten in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = ScaleAsView(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return outputs."""
+        return self.down(self.norm(self.up(x)).tanh_().mean(1))
+
+
 class TimeFirst(Net):
     """The net, in which positions come before samples."""
 
@@ -116,7 +142,8 @@ class Broadcast(Net):
 @pytest.mark.parametrize(
     ("kind", "reason"),
     [
-        (Functional, "up.weight has another gradient for a sample in a batch than for the sample alone"),
+        (Functional, "up.weight is used outside its layer"),
+        (OverwrittenView, "norm.weight is used outside its layer, or that layer's output was overwritten in place"),
         (TimeFirst, "a Linear has 6 rows for 5 samples"),
         (Broadcast, "a Linear has 1 rows for 5 samples"),
     ],

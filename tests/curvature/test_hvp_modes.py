@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from scored_models import BATCH, FFN, bert, config, heads, net, text_batch
+from scored_models import BATCH, FFN, bert, config, heads, net, score, text_batch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from hap_hf.criteria import Scores, score_groups
+from hap_hf.criteria import Scores
 from hap_hf.curvature import DoubleBackward, FiniteDifference, ForwardOverReverse, rademacher
 from hap_hf.errors import ConfigError, CurvatureError, UnsupportedModelError
 from hap_hf.model.state import preserved
@@ -31,7 +31,7 @@ def distance(one: Scores, other: Scores) -> float:
 def scored(model: nn.Module, batch: Mapping[str, Any] = BATCH, hvp: str = "double_backward", **settings: Any) -> Scores:
     """Return the scores of a net."""
     loss_fn = settings.pop("loss_fn", None)
-    return score_groups(model, [FFN], [batch], config(hvp=hvp, **settings), loss_fn=loss_fn)
+    return score(model, [FFN], [batch], config(hvp=hvp, **settings), loss_fn=loss_fn)
 
 
 def products(dtype: torch.dtype) -> dict[type, Tensor]:
@@ -71,8 +71,7 @@ def test_scores_of_a_bert_agree_with_those_by_double_backward(method: str, hvp: 
     batch = text_batch(labels=torch.tensor([0, 1, 1]))
     groups = [heads(0), heads(1)]
     exact, other = (
-        score_groups(bert(), groups, [batch], config(method=method, hvp=h, num_probes=3))
-        for h in ("double_backward", hvp)
+        score(bert(), groups, [batch], config(method=method, hvp=h, num_probes=3)) for h in ("double_backward", hvp)
     )
     assert distance(other, exact) < (1e-6 if hvp == "finite_difference" else 1e-12)
 
@@ -196,7 +195,7 @@ def test_gradient_checkpointing_of_transformers_does_not_matter(hvp: str) -> Non
     for module in checkpointed.modules():
         if hasattr(module, "gradient_checkpointing"):
             module.gradient_checkpointing = True
-    first, second = (score_groups(m, [heads(0)], [batch], config(num_probes=2, hvp=hvp)) for m in (plain, checkpointed))
+    first, second = (score(m, [heads(0)], [batch], config(num_probes=2, hvp=hvp)) for m in (plain, checkpointed))
     assert distance(first, second) < 1e-12
     assert checkpointed.bert.encoder.layer[0].gradient_checkpointing
 

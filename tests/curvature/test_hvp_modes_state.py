@@ -5,10 +5,9 @@ from typing import Any
 
 import pytest
 import torch
-from scored_models import BATCH, FFN, bert, config, heads, net, snapshot, text_batch
+from scored_models import BATCH, FFN, bert, config, heads, net, score, snapshot, text_batch
 from torch import Tensor, nn
 
-from hap_hf.criteria import score_groups
 from hap_hf.curvature import FiniteDifference
 
 OTHERS = ["finite_difference", "forward_over_reverse"]
@@ -31,7 +30,7 @@ def test_weights_and_all_else_are_bit_for_bit_as_before_however_scoring_ends(
 
     def run() -> None:
         batch = text_batch(labels=torch.tensor([0, 1, 1]))
-        score_groups(model, [heads(0)], [batch], config(num_probes=2, hvp=hvp), loss_fn=loss)
+        score(model, [heads(0)], [batch], config(num_probes=2, hvp=hvp), loss_fn=loss)
 
     if ending is None:
         run()
@@ -57,7 +56,7 @@ def test_a_ctrl_c_while_weights_are_put_back_does_not_leave_them_changed(monkeyp
 
     monkeypatch.setattr(torch, "clear_autocast_cache", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        score_groups(model, [FFN], [BATCH], config(hvp="finite_difference"))
+        score(model, [FFN], [BATCH], config(hvp="finite_difference"))
     assert snapshot(model) == before
 
 
@@ -87,7 +86,7 @@ def test_what_layers_keep_from_their_weights_is_made_anew(hvp: str) -> None:
     plain, cached = net(), net()
     plain.up, cached.up = Cached(plain.up), Cached(cached.up)
     found, truth = (
-        score_groups(m, [FFN], [BATCH], config(hvp=h)).sensitivity["net:ffn"]
+        score(m, [FFN], [BATCH], config(hvp=h)).sensitivity["net:ffn"]
         for m, h in ((cached, hvp), (plain, "double_backward"))
     )
     assert (found - truth).norm() < 1e-6 * truth.norm()

@@ -5,11 +5,14 @@ from typing import Any
 
 import pytest
 import torch
-from sample_gradients import SAMPLES, SEQUENCE, STATISTICS, VECTOR, check, randomised, watched
+from sample_gradients import IMAGE, SAMPLES, SEQUENCE, STATISTICS, VECTOR, check, randomised, watched
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers.pytorch_utils import Conv1D
 
 from hap_hf.curvature.layers import NotPerSampleError
+
+pytestmark = pytest.mark.fast
 
 
 class Shared(nn.Module):
@@ -50,16 +53,57 @@ def test_a_weight_may_be_shared_by_layers_of_two_kinds() -> None:
     check(randomised(Tied()), torch.randint(0, 9, (SAMPLES, 6)), "squares")
 
 
-@pytest.mark.parametrize("activation", [F.relu_, torch.Tensor.tanh_, lambda x: x.mul_(2), lambda x: x[..., :2].zero_()])
-def test_an_output_that_is_overwritten_in_place_does_no_harm(activation: Callable[[Tensor], Tensor]) -> None:
-    model = randomised(nn.Sequential(nn.Linear(5, 6), nn.Linear(6, 4)))
+IN_PLACE = [F.relu_, torch.Tensor.tanh_, lambda x: x.mul_(2), lambda x: x[:, :2].zero_(), lambda x: x.view(-1).tanh_()]
+# GPT-2's layer returns a view of the product on every version of torch, nn.Linear on some.
+LAYERS = {
+    "Linear": (lambda: (nn.Linear(5, 6), nn.Linear(6, 4)), SEQUENCE),
+    "Conv1D": (lambda: (Conv1D(6, 5), nn.Linear(6, 4)), SEQUENCE),
+    "Conv2d": (lambda: (nn.Conv2d(4, 6, 3), nn.Conv2d(6, 2, 3)), IMAGE),
+}
+
+
+def overwriting(activation: Callable[[Tensor], Tensor], layer: str) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
+    """Return two layers, and a forward pass that overwrites the output of the first."""
+    model = randomised(nn.Sequential(*LAYERS[layer][0]()))
 
     def forward(x: Tensor) -> Tensor:
         hidden = model[0](x)
         activation(hidden)
         return model[1](hidden)
 
+    return model, forward
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("activation", IN_PLACE)
+def test_an_output_that_is_overwritten_in_place_does_no_harm(
+    activation: Callable[[Tensor], Tensor], layer: str
+) -> None:
+    model, forward = overwriting(activation, layer)
+    check(model, torch.randn(LAYERS[layer][1], dtype=torch.float64), "squares", forward)
+
+
+def test_an_output_that_is_used_and_then_overwritten_does_no_harm() -> None:
+    model = randomised(nn.Sequential(Conv1D(6, 5), nn.Linear(6, 4)))
+
+    def forward(x: Tensor) -> Tensor:
+        hidden = model[0](x)
+        twice = hidden * 2
+        return model[1](hidden.relu_() + twice)
+
     check(model, torch.randn(SEQUENCE, dtype=torch.float64), "squares", forward)
+
+
+def test_a_gradient_that_goes_around_the_hook_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hap_hf.curvature.layer_watch.not_a_view", lambda output: output)
+    model, forward = overwriting(F.relu_, "Conv1D")
+    x = torch.randn(SEQUENCE, dtype=torch.float64)
+    with pytest.raises(NotPerSampleError, match=r"0\.weight, 0\.bias is used outside its layer, or .* overwritten"):
+        watched(model, forward, x, "squares")
+    monkeypatch.setattr("hap_hf.curvature.layer_watch.reached_otherwise", lambda *args: [])
+    found, _ = watched(model, forward, x, "squares")
+    assert not found["0.weight", 0].any()  # what it would be without both
+    assert found["1.weight", 0].any()
 
 
 def test_inputs_that_require_gradients_do_no_harm() -> None:

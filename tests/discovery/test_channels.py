@@ -13,6 +13,8 @@ from torch import nn
 from hap_hf.discovery import find_groups
 from hap_hf.surgery import apply_plan_
 
+pytestmark = pytest.mark.fast
+
 IMAGES = {"x": torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(3), dtype=torch.float64)}
 
 

@@ -11,12 +11,14 @@ from plans import plan_of
 from reference import masked
 from torch import nn
 
-from hap_hf.discovery import find_groups
+from hap_hf.discovery import LeftWhole, discover, find_groups
 from hap_hf.discovery.families import runs
 from hap_hf.errors import BatchError, UnsupportedModelError
 from hap_hf.evidence.batches import few_samples
 from hap_hf.names.group import Kind
 from hap_hf.surgery import apply_plan_, collect_input_moments
+
+pytestmark = pytest.mark.fast
 
 
 class Block(nn.Module):
@@ -93,9 +95,37 @@ def test_what_depends_on_the_number_of_a_neuron_is_left_whole(caplog):
 
     model = randomise_(Net(Block(Ramp()), Block(nn.GELU()))).double()
     with caplog.at_level(logging.INFO, logger="hap_hf"):
-        groups = find_groups(model, net_batch())
-    assert [g.name for g in groups] == ["blocks.1:ffn"]
-    assert "left whole: ['blocks.0:ffn']" in caplog.text
+        found = discover(model, net_batch())
+    assert [g.name for g in found.groups] == ["blocks.1:ffn"]
+    assert found.left_whole[0] == LeftWhole(
+        ("blocks.0:ffn",), "removing units there does not equal masking them", Kind.FFN
+    )
+    assert "left whole: blocks.0:ffn: removing units there does not equal masking them" in caplog.text
+    assert [f"left whole: {entry}" for entry in found.left_whole] == [record.getMessage() for record in caplog.records]
+
+
+def test_each_layer_is_left_whole_for_one_reason():
+    class Ramp(nn.Module):
+        def forward(self, x):
+            return x * torch.arange(1, x.shape[-1] + 1)
+
+    model = randomise_(Net(Block(Ramp()), Block(nn.GELU()))).double()
+    found = discover(model, net_batch())
+    assert [(entry.names, entry.kind) for entry in found.left_whole] == [
+        (("blocks.0:ffn",), Kind.FFN),
+        (("embed", "head"), None),
+    ]
+
+
+def test_what_is_missing_of_the_wanted_kinds_is_told_apart_from_what_was_found_elsewhere():
+    config = hf.BloomConfig(vocab_size=53, hidden_size=24, n_layer=2, n_head=4)
+    model = randomise_(hf.BloomForCausalLM(config)).double().eval()
+    found = discover(model, lm_batch())
+    assert {g.kind for g in found.groups} == {Kind.FFN}
+    (entry,) = found.missing(tuple(Kind))
+    assert entry.kind is Kind.HEADS
+    assert len(entry.names) == 2
+    assert found.missing([Kind.FFN]) == []
 
 
 def test_projections_called_by_keyword_are_found_pruned_and_calibrated():
@@ -258,10 +288,24 @@ def test_a_model_with_nothing_to_remove_is_refused_with_what_was_looked_for():
         find_groups(model, {"input": torch.randn(2, 3)})
 
 
-@pytest.mark.parametrize("batch", [torch.randn(2, 3), {}, {"x": [1, 2]}])
-def test_batches_that_are_no_mappings_of_tensors_are_refused(batch):
-    with pytest.raises(BatchError, match="expected a batch as a mapping"):
+@pytest.mark.parametrize(
+    ("batch", "message"),
+    [
+        (torch.randn(2, 3), "expected a mapping, got Tensor; pass mappings of argument names to tensors"),
+        ({}, r"expected tensors in the batch, got a mapping of \[\] to \[\]"),
+        ({"x": [1, 2]}, r"expected tensors in the batch, got a mapping of \['x'\] to \['list'\]"),
+        ((torch.randn(2, 3),) * 3, r"expected a mapping or a pair of tensors, got a tuple of 3 \(Tensor, Tensor, Ten"),
+        ("text", "got the string 'text', as of a single batch; put it in a list"),
+    ],
+)
+def test_batches_that_are_no_mappings_of_tensors_are_refused(batch, message):
+    with pytest.raises(BatchError, match=message):
         find_groups(build("bert"), batch)
+
+
+def test_a_pair_of_inputs_and_labels_is_a_batch_too():
+    model, x = randomise_(Net(Block(nn.GELU()))).double(), net_batch()["x"]
+    assert find_groups(model, (x, torch.tensor([0, 1, 2]))) == find_groups(model, {"x": x})
 
 
 def test_few_samples_are_taken_only_where_all_tensors_have_samples():

@@ -56,7 +56,10 @@ def test_gradients_of_the_pruned_model_equal_the_sliced_ones_of_the_masked_model
         torch.testing.assert_close(change.new.grad, expected, rtol=0, atol=1e-8)
 
 
-@pytest.mark.parametrize("name", CASES)
+FAST = {"bert", "llama", "qwen2"}  # with and without grouped queries
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.fast) if n in FAST else n for n in CASES])
 def test_a_layer_may_lose_all_its_units_where_the_group_says_so(name):
     model, batch = build(name), batch_of(name)
     removed = {g: list(range(g.num_units)) for g in find_groups(model, batch) if g.may_be_empty}

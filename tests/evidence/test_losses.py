@@ -4,11 +4,10 @@ from typing import Any
 
 import pytest
 import torch
-from scored_models import bert, config, heads, text_batch
+from scored_models import bert, config, heads, score, text_batch
 from transformers import BertForTokenClassification, GPT2Config, GPT2LMHeadModel
 
-import hap_hf.criteria
-from hap_hf.criteria import score_groups
+import hap_hf.evidence.evidence
 from hap_hf.curvature import rademacher
 from hap_hf.evidence.losses import count_loss_terms
 from hap_hf.names.group import Group, Kind, Role, Slice
@@ -18,7 +17,7 @@ from hap_hf.names.group import Group, Kind, Role, Slice
 def _one_probe_for_all_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make the probes of all batches the same, so that estimates are exactly linear in the batches' Hessians."""
     monkeypatch.setattr(
-        hap_hf.evidence.task, "rademacher", lambda tensors, seed, batch, probe: rademacher(tensors, seed, 0, probe)
+        hap_hf.evidence.evidence, "rademacher", lambda tensors, seed, batch, probe: rademacher(tensors, seed, 0, probe)
     )
 
 
@@ -30,7 +29,7 @@ def test_splitting_a_batch_with_padded_token_labels_changes_nothing() -> None:
     labels[2, 1:] = -100
     batch = text_batch(labels=labels)
     rows = [{k: v[i : i + 1] for k, v in batch.items()} for i in range(3)]
-    whole, split = (score_groups(model, [heads(0)], b, config(num_probes=2)) for b in ([batch], rows))
+    whole, split = (score(model, [heads(0)], b, config(num_probes=2)) for b in ([batch], rows))
     name = heads(0).name
     torch.testing.assert_close(split.sensitivity[name], whole.sensitivity[name], rtol=1e-9, atol=1e-12)
     assert (split.num_loss_terms, split.num_batches) == (7 + 4 + 1, 3)
@@ -57,7 +56,7 @@ def test_splitting_a_batch_of_next_token_labels_changes_nothing() -> None:
     batch = text_batch()
     batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
     rows = [{k: v[i : i + 1] for k, v in batch.items()} for i in range(3)]
-    whole, split = (score_groups(model, [group], b, config(num_probes=2)) for b in ([batch], rows))
+    whole, split = (score(model, [group], b, config(num_probes=2)) for b in ([batch], rows))
     # transformers computes this loss in float32, whatever the model's dtype
     torch.testing.assert_close(split.sensitivity["heads"], whole.sensitivity["heads"], rtol=1e-5, atol=1e-7)
     assert split.num_loss_terms == whole.num_loss_terms == 6 + 3 + 6

@@ -6,9 +6,11 @@ import pytest
 import torch
 import transformers as hf
 from cases import randomise_
-from trainings import config, samples, tiny_model
+from scored_models import config as plain
+from scored_models import score
+from trainings import samples, tiny_model
 
-from hap_hf import BatchError, find_groups, score_groups
+from hap_hf import BatchError, find_groups
 from hap_hf.evidence.losses import model_loss
 from hap_hf.evidence.memory import is_out_of_memory
 
@@ -18,6 +20,11 @@ KINDS = [
     RuntimeError("[enforce fail at alloc_cpu.cpp:117] . DefaultCPUAllocator: can't allocate memory: you tried to"),
     MemoryError(),
 ]
+
+
+def config(**settings):
+    """Return settings for two batches as they are given, so that a limit which counted halves would show."""
+    return plain(**{"max_batches": 2, **settings})
 
 
 def batches_of(*sizes):
@@ -63,13 +70,13 @@ def test_scores_are_those_of_the_smaller_batches(model, groups, method, caplog):
     settings = config(method=method)
     loss, sizes = limited(4)
     with caplog.at_level(logging.WARNING, logger="hap_hf"):
-        halved = score_groups(model, groups, batches_of(8, 6), settings, loss_fn=loss)
-    small = score_groups(model, groups, batches_of(4, 4, 4, 2), config(method=method, max_batches=None))
+        halved = score(model, groups, batches_of(8, 6), settings, loss_fn=loss)
+    small = score(model, groups, batches_of(4, 4, 4, 2), config(method=method, max_batches=None))
     assert_equal_scores(halved, small)
     assert "out of memory while scoring a batch of 8 samples; starting anew with at most 4 a batch" in caplog.text
     assert sizes[0] == 8
     assert max(sizes[1:]) == 4
-    whole = score_groups(model, groups, batches_of(8, 6), settings)
+    whole = score(model, groups, batches_of(8, 6), settings)
     assert whole.num_batches == 2
     assert whole.num_loss_terms == halved.num_loss_terms
 
@@ -84,8 +91,8 @@ def test_loss_terms_weigh_the_same_in_halves():
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
     found = find_groups(dense, batch)
     settings = config(method="empirical_fisher")
-    whole = score_groups(dense, found, [batch], settings)
-    halved = score_groups(dense, found, [batch], settings, loss_fn=limited(2)[0])
+    whole = score(dense, found, [batch], settings)
+    halved = score(dense, found, [batch], settings, loss_fn=limited(2)[0])
     assert (whole.num_batches, halved.num_batches) == (1, 2)
     assert whole.num_loss_terms == halved.num_loss_terms
     for name, x in whole.sensitivity.items():  # sums over samples do not depend on how these are batched
@@ -95,34 +102,34 @@ def test_loss_terms_weigh_the_same_in_halves():
 def test_batches_are_halved_until_they_fit_and_odd_ones_are_rounded_up(model, groups):
     loss, sizes = limited(2)
     settings, small = config(method="taylor"), config(method="taylor", max_batches=None)
-    halved = score_groups(model, groups, batches_of(7, 2), settings, loss_fn=loss)
-    assert_equal_scores(halved, score_groups(model, groups, batches_of(2, 2, 2, 1, 2), small))
+    halved = score(model, groups, batches_of(7, 2), settings, loss_fn=loss)
+    assert_equal_scores(halved, score(model, groups, batches_of(2, 2, 2, 1, 2), small))
     assert [n for n in sizes if n > 2] == [7, 4]
 
 
 def test_the_limit_of_batches_counts_those_that_were_given(model, groups):
     settings = config(method="taylor", max_batches=1)
-    halved = score_groups(model, groups, batches_of(8, 8), settings, loss_fn=limited(4)[0])
-    assert_equal_scores(halved, score_groups(model, groups, batches_of(4, 4), config(method="taylor")))
+    halved = score(model, groups, batches_of(8, 8), settings, loss_fn=limited(4)[0])
+    assert_equal_scores(halved, score(model, groups, batches_of(4, 4), config(method="taylor")))
 
 
 @pytest.mark.parametrize("error", KINDS, ids=lambda e: type(e).__name__)
 def test_every_allocators_error_is_known(model, groups, error):
     loss, _ = limited(4, error)
-    assert score_groups(model, groups, batches_of(8), config(method="taylor"), loss_fn=loss).num_batches == 2
+    assert score(model, groups, batches_of(8), config(method="taylor"), loss_fn=loss).num_batches == 2
     assert is_out_of_memory(error)
 
 
 def test_other_errors_pass(model, groups):
     loss, sizes = limited(4, RuntimeError("expected scalar type Float but found Half"))
     with pytest.raises(RuntimeError, match="expected scalar type"):
-        score_groups(model, groups, batches_of(8), config(method="taylor"), loss_fn=loss)
+        score(model, groups, batches_of(8), config(method="taylor"), loss_fn=loss)
     assert sizes == [8]
 
 
 def test_a_single_sample_that_does_not_fit_is_refused_with_advice(model, groups):
     with pytest.raises(BatchError, match=r"out of memory while scoring a single sample.*use shorter") as caught:
-        score_groups(model, groups, batches_of(4), config(method="taylor"), loss_fn=limited(0)[0])
+        score(model, groups, batches_of(4), config(method="taylor"), loss_fn=limited(0)[0])
     assert caught.value.__cause__ is KINDS[0]
 
 
@@ -130,16 +137,19 @@ def test_batches_whose_tensors_disagree_are_not_cut(model, groups):
     (batch,) = batches_of(4)
     batch["other"] = torch.zeros(3)
     with pytest.raises(BatchError, match=r"4 samples, which cannot be cut in halves as its tensors have \[3, 4\] rows"):
-        score_groups(model, groups, [batch], config(method="taylor"), loss_fn=limited(2)[0])
+        score(model, groups, [batch], config(method="taylor"), loss_fn=limited(2)[0])
 
 
 def test_tensors_for_all_samples_together_stay_whole(model, groups):
     positions = torch.arange(7)[None]
     batches = [{**b, "position_ids": positions} for b in batches_of(4)]
-    halved = score_groups(model, groups, batches, config(method="taylor"), loss_fn=limited(2)[0])
-    assert_equal_scores(halved, score_groups(model, groups, batches_of(2, 2), config(method="taylor")))
+    halved = score(model, groups, batches, config(method="taylor"), loss_fn=limited(2)[0])
+    assert_equal_scores(halved, score(model, groups, batches_of(2, 2), config(method="taylor")))
 
 
-def test_batches_that_can_be_drawn_once_are_refused(model, groups):
-    with pytest.raises(BatchError, match="come from an iterator, which cannot be started anew"):
-        score_groups(model, groups, iter(batches_of(8)), config(method="taylor"), loss_fn=limited(4)[0])
+def test_batches_that_can_be_drawn_once_are_cut_like_others(model, groups):
+    loss, sizes = limited(4)
+    drawn = score(model, groups, iter(batches_of(8, 6)), config(method="taylor"), loss_fn=loss)
+    listed = score(model, groups, batches_of(8, 6), config(method="taylor"), loss_fn=limited(4)[0])
+    assert_equal_scores(drawn, listed)
+    assert (drawn.num_batches, sizes[0], max(sizes[1:])) == (4, 8, 4)

@@ -19,17 +19,27 @@ import torch.distributed as dist
 import transformers as hf
 from accelerate.utils import DDPCommunicationHookType
 from cases import build, randomise_
+from scored_models import score
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.utils.data import IterableDataset
+from trainings import criterion
 from transformers import Trainer, TrainingArguments
 
+import hap_hf.decision
 import hap_hf.pipeline
-from hap_hf import HapConfig, HessianPruner, apply_plan_, find_groups, plan_of, prune, recalibrate_batch_norms_
-from hap_hf.config import Method
-from hap_hf.criteria import score_groups
+from hap_hf import (
+    HapConfig,
+    HessianPruner,
+    apply_plan_,
+    find_groups,
+    plan_of,
+    prune,
+    recalibrate_batch_norms_,
+)
+from hap_hf.criteria import known_criteria
 from hap_hf.evidence.processes import Processes
-from hap_hf.selection import make_plan
+from hap_hf.selection.make import choose
 from hap_hf.surgery import collect_input_moments
 
 TRAININGS = {
@@ -114,12 +124,11 @@ def batches_of(samples, sizes):
     return [hf.default_data_collator([next(rest) for _ in range(size)]) for size in sizes]
 
 
-def settings(**changes):
+def settings(*, method="hessian", num_probes=2, **changes):
     return HapConfig(**{
         "prune_ratio": 0.5,
         "implant_ratio": 0.5,
-        "method": "hessian",
-        "num_probes": 2,
+        "method": criterion(method, num_probes=num_probes),
         "max_batches": 3,
         "progress": False,
         **changes,
@@ -174,8 +183,8 @@ def every_method(rank, world):
     processes = Processes(rank, world)
     share = list(processes.share(batches))
     return {
-        method.value: score_groups(model, groups, share, settings(method=method, max_batches=None), processes=processes)
-        for method in Method
+        method: score(model, groups, share, settings(method=method, max_batches=None), processes=processes)
+        for method in known_criteria()
     }
 
 
@@ -230,7 +239,7 @@ def trained_twice(rank, world):
     """Return the weights after a second training of the same Trainer, with a model that was pruned in between."""
     trainer = make_trainer(text_model(), None, world, num_train_epochs=1)
     trainer.train()
-    prune(trainer.model, batches_of(text_samples(), (4, 4)), settings())
+    prune(trainer.model, batches_of(text_samples(), (4, 4)), settings(), optimizer=trainer.optimizer.optimizer)
     trainer.add_callback(HessianPruner(settings(), step=4))
     trainer.train()
     return outcome(trainer.model)
@@ -378,10 +387,10 @@ def unlogged_report(rank, world):
 
 
 def other_plan(rank, world):
-    def planned(groups, scores, config):
-        return make_plan(groups, scores, settings(prune_ratio=0.5 - 0.2 * rank))
+    def chosen(groups, scores, config):
+        return choose(groups, scores, settings(prune_ratio=0.5 - 0.2 * rank))
 
-    return replaced("make_plan", planned, world)
+    return replaced(hap_hf.pipeline, "choose", chosen, world)
 
 
 def other_weights(rank, world):
@@ -390,7 +399,7 @@ def other_weights(rank, world):
         model.bert.embeddings.LayerNorm.bias = nn.Parameter(model.bert.embeddings.LayerNorm.bias + 1e-12 * rank)
         return changes
 
-    return replaced("apply_plan_", applied, world)
+    return replaced(hap_hf.pipeline, "apply_plan_", applied, world)
 
 
 def late_failure(rank, world):
@@ -401,16 +410,16 @@ def late_failure(rank, world):
             raise MemoryError("no memory left for the report")
         return hap_hf.report.make_report(*args, **kwargs)
 
-    return replaced("make_report", reported, world)
+    return replaced(hap_hf.decision, "make_report", reported, world)
 
 
-def replaced(name, substitute, world):
-    original = getattr(hap_hf.pipeline, name)
-    setattr(hap_hf.pipeline, name, substitute)
+def replaced(module, name, substitute, world):
+    original = getattr(module, name)
+    setattr(module, name, substitute)
     try:
         return untouched(HessianPruner(settings()), world)
     finally:
-        setattr(hap_hf.pipeline, name, original)
+        setattr(module, name, original)
 
 
 def untouched(pruner, world, **arguments):

@@ -46,8 +46,20 @@ ACTIONS = [
     "9" * 400 + "k",
     "k" * 30_000,
 ]
-WORDS = ["heads", "ffn", "channels", "producer", "consumer", "aligned", "factor", "statistic", "HEADS", "hap"]
-NESTED: list[Any] = [[], {}, [[]], [[], []], {"": {}}, [None], [0] * 7, {"a": [1, 2]}, {str(i): i for i in range(70)}]
+WORDS = ["heads", "ffn", "channels", "producer", "consumer", "aligned", "factor", "statistic", "HEADS", "hap", "hap_hf"]
+NESTED: list[Any] = [
+    [],
+    {},
+    [[]],
+    [[], []],
+    {"": {}},
+    [None],
+    [0] * 7,
+    {"a": [1, 2]},
+    {"a": [[[[1]]]]},
+    {"groups": []},
+    {str(i): i for i in range(300)},
+]
 
 odd_values = st.sampled_from([None, True, False, *SIZES, *REALS, *NAMES, *ACTIONS, *WORDS, *NESTED])
 scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20) | odd_values
@@ -92,7 +104,7 @@ def mutated(draw: st.DrawFn, document: Any, most: int = 5) -> Any:
         parent, key = at(document, path[:-1]), path[-1]
         action = draw(st.sampled_from(["replace", "nudge", "delete", "duplicate", "swap"]))
         if action == "replace":
-            parent[key] = draw(odd_values | json_values)
+            parent[key] = copy.deepcopy(draw(odd_values | json_values))  # later mutations may go into it
         elif action == "nudge" and type(parent[key]) is int:
             parent[key] += draw(st.sampled_from([-2, -1, 1, 2]))
         elif action == "delete":

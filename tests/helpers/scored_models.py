@@ -1,5 +1,6 @@
 """Small models, groups written by hand and batches for the tests of curvature and scores."""
 
+from dataclasses import fields
 from types import SimpleNamespace
 from typing import Any
 
@@ -8,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import BertConfig, BertForSequenceClassification
 
-from hap_hf.config import HapConfig
+from hap_hf import HapConfig, Scores, known_criteria, score_groups
 from hap_hf.names.group import Group, Kind, Role, Slice
 
 GENERATOR = torch.Generator().manual_seed(1)
@@ -48,8 +49,23 @@ def net(seed: int = 0) -> Net:
 
 
 def config(**settings: Any) -> HapConfig:
-    """Return a config without a progress bar, for HAP's formula with all weights of a unit as one vector."""
-    return HapConfig(**{"prune_ratio": 0.5, "method": "hessian", "progress": False, "coupling": "joint", **settings})
+    """Return a config without a progress bar, for HAP's formula with all weights of a unit as one vector.
+
+    Settings of the criterion are written beside the others.
+    """
+    settings = {"prune_ratio": 0.5, "method": "hessian", "progress": False, **settings}
+    if isinstance(settings["method"], str) and settings["method"] in known_criteria():
+        criterion = known_criteria()[settings["method"]]
+        own = {f.name for f in fields(criterion)}
+        given = {"coupling": "joint", **settings} if "coupling" in own else settings
+        settings["method"] = criterion(**{k: v for k, v in given.items() if k in own})
+        settings = {k: v for k, v in settings.items() if k not in own}
+    return HapConfig(**settings)
+
+
+def score(model: nn.Module, groups: Any, batches: Any, config: HapConfig, **how: Any) -> Scores:
+    """Return the scores of some groups on some batches."""
+    return score_groups(config.evidence(model, batches, **how), groups, config)
 
 
 def bert(kind: type = BertForSequenceClassification, attention: str = "sdpa", **changes: Any) -> nn.Module:

@@ -1,6 +1,7 @@
 """Small trainings of a tiny BERT for the tests of the callback."""
 
 from contextlib import ExitStack
+from dataclasses import fields
 
 import torch
 import transformers as hf
@@ -9,7 +10,7 @@ from reference import logits, masked
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
-from hap_hf import HapConfig, HessianPruner
+from hap_hf import HapConfig, HessianPruner, known_criteria
 
 OF_THE_TRAINER = (
     "compute_loss_func",
@@ -87,9 +88,17 @@ def make_trainer(tmp_path, model, *callbacks, data=None, kind=Trainer, arguments
     return kind(model, args, train_dataset=data or samples(), callbacks=callbacks, **extra)
 
 
-def config(**changes):
+def criterion(name, **settings):
+    """Return a criterion with those of some settings that it has."""
+    kind = known_criteria()[name]
+    own = {field.name for field in fields(kind)}
+    return kind(**{k: v for k, v in settings.items() if k in own})
+
+
+def config(*, method="mask_ggn", num_probes=2, **changes):
     amount = {} if {"target_params", "target_macs"} & set(changes) else {"prune_ratio": 0.4}
-    return HapConfig(**{**amount, "num_probes": 2, "max_batches": 2, "progress": False, **changes})
+    method = criterion(method, num_probes=num_probes)
+    return HapConfig(**{**amount, "method": method, "max_batches": 2, "progress": False, **changes})
 
 
 def assert_same(a, b):

@@ -11,9 +11,8 @@ import hap_hf
 
 PACKAGE = Path(hap_hf.__file__).parent
 LAYERS = [
-    {"errors", "version", "cifar"},
+    {"errors", "host", "version", "cifar"},
     {"names"},
-    {"config"},
     {"layers"},
     {"model"},
     {"curvature"},
@@ -21,8 +20,10 @@ LAYERS = [
     {"surgery"},
     {"discovery"},
     {"criteria"},
-    {"compensation"},
+    {"config"},
+    {"arguments", "compensation"},
     {"selection", "report"},
+    {"decision"},
     {"checkpoint"},
     {"pipeline"},
     {"trainer"},
@@ -42,12 +43,16 @@ def imports_of(path):
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.module:
+        elif isinstance(node, ast.ImportFrom) and node.module == "hap_hf":
+            yield from (f"hap_hf.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.module, "relative imports hide the layer"
             yield node.module
 
 
 def test_every_module_has_a_layer():
     assert {unit_of(p) for p in FILES} == set(LEVEL)
+    assert sum(map(len, LAYERS)) == len(LEVEL)
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
@@ -56,6 +61,7 @@ def test_imports_go_down_the_layers(path):
     for name in imports_of(path):
         if name.startswith("hap_hf."):
             other = name.split(".")[1]
+            assert other in LEVEL, f"{unit} must not import {name} from the face of the package"
             assert other == unit or LEVEL[other] < LEVEL[unit], f"{unit} must not import {other}"
         if name.split(".")[0] == "transformers":
             assert unit in MAY_IMPORT_TRANSFORMERS, f"{unit} must not import transformers"
@@ -69,7 +75,9 @@ def test_curvature_knows_no_group_and_surgery_no_score():
 
 
 def test_names_and_numbers_import_no_torch():
-    for path in [PACKAGE / "errors.py", *(PACKAGE / "names").rglob("*.py")]:
+    files = [PACKAGE / "errors.py", *(PACKAGE / "names").rglob("*.py")]
+    assert len(files) > 5
+    for path in files:
         assert not any(n.split(".")[0] == "torch" for n in imports_of(path))
 
 

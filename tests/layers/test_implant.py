@@ -12,6 +12,8 @@ from hap_hf.layers.implant_linear import ImplantLinear, factor_rows
 from hap_hf.names.group import Role
 from hap_hf.surgery import apply_plan_, collect_input_moments
 
+pytestmark = pytest.mark.fast
+
 
 def low_rank_rows(model, group, units, rank):
     """Give the units' rows rank ``rank``, so that an implant of that rank is exact."""

@@ -8,8 +8,12 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from hap_hf.errors import UnsupportedModelError
 from hap_hf.layers import implant_conv
-from hap_hf.layers.implant_conv import ImplantConv2d, patch_moment, pointwise_rows, takes_implant
+from hap_hf.layers.implant_conv import ImplantConv2d, patch_moment, pointwise_rows
+from hap_hf.layers.implant_linear import ImplantLinear
+from hap_hf.layers.kind import kind_of
+from hap_hf.layers.projection import known
 
 MODES = ["zeros", "reflect", "replicate", "circular"]
 KERNELS = [(3, 3), (1, 3), (5, 3), (2, 2), (4, 3), (2, 5)]
@@ -235,26 +239,34 @@ def test_no_layer_indexes_or_scatters(padding, mode):
 
 
 def test_grouped_convolutions_are_refused():
-    with pytest.raises(ValueError, match="groups=1, got groups=2"):
+    with pytest.raises(UnsupportedModelError, match="groups=1, got groups=2"):
         ImplantConv2d.from_conv(nn.Conv2d(4, 4, 3, groups=2), 4, [(2, 2)])
 
 
-def test_only_plain_convolutions_larger_than_one_by_one_take_an_implant():
+def test_of_convolutions_only_plain_ones_larger_than_one_by_one_take_an_implant():
     class Standardised(nn.Conv2d):
         pass
 
-    assert takes_implant(nn.Conv2d(3, 4, 3, stride=2, padding="valid", bias=False))
-    assert takes_implant(nn.Conv2d(3, 4, (1, 3)))
+    for module in (nn.Conv2d(3, 4, 3, stride=2, padding="valid", bias=False), nn.Conv2d(3, 4, (1, 3))):
+        assert known(module).takes_implant(module)
     for module in (
         nn.Conv2d(3, 4, 1),
         nn.Conv2d(4, 4, 3, groups=4),
         nn.Conv1d(3, 4, 3),
-        nn.ConvTranspose2d(3, 4, 3),
-        Standardised(3, 4, 3),
+        nn.Conv3d(3, 4, 3),
         ImplantConv2d(3, [(2, 2)], (3, 3)),
-        nn.Linear(3, 4),
     ):
-        assert not takes_implant(module), module
+        assert not known(module).takes_implant(module), module
+    for module in (nn.ConvTranspose2d(3, 4, 3), Standardised(3, 4, 3)):
+        assert kind_of(module) is None, module
+
+
+def test_a_linear_layer_takes_an_implant_of_its_own_kind():
+    linear = nn.Linear(3, 4)
+    assert known(linear).takes_implant(linear)
+    assert isinstance(known(linear).implanted(linear, 3, [(2, 2)], 1), ImplantLinear)
+    conv = nn.Conv2d(3, 4, 3)
+    assert isinstance(known(conv).implanted(conv, 3, [(2, 2)], 1), ImplantConv2d)
 
 
 def smooth_images(channels=4, size=11, batch=6):

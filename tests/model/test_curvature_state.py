@@ -112,3 +112,24 @@ def test_an_undisturbed_model_keeps_the_versions_of_its_buffers() -> None:
     with preserved(model):
         pass
     assert model[1].running_mean._version == before
+
+
+@pytest.mark.parametrize("plain", [True, False])
+def test_attention_can_be_left_on_the_kernel_that_it_has(plain: bool) -> None:
+    enabled = torch.backends.cuda.flash_sdp_enabled()
+    assert enabled
+    with preserved(nn.Linear(1, 1), plain_attention=plain):
+        assert torch.backends.cuda.flash_sdp_enabled() is not plain
+        assert torch.backends.cuda.math_sdp_enabled()
+    assert torch.backends.cuda.flash_sdp_enabled() is enabled
+
+
+@pytest.mark.parametrize("flag", ["gradient_checkpointing", "grad_checkpointing"])
+def test_gradient_checkpointing_can_be_left_on_inside(flag: str) -> None:
+    model = Checkpointed(flag)
+    with preserved(model, {"weight": model.inner.weight}, without_checkpointing=False):
+        assert getattr(model, flag) is True
+        x = torch.randn(2, 3, requires_grad=True)
+        with pytest.raises(RuntimeError, match="not have been used"):
+            torch.autograd.grad(model(x).sum(), model.inner.weight)
+    assert getattr(model, flag) is True

@@ -32,6 +32,7 @@ from hap_hf.discovery import find_groups
 from hap_hf.errors import PlanFormatError, PlanMismatchError
 from hap_hf.layers.implant_linear import ImplantLinear
 from hap_hf.names.group import Counter, Group, Kind, Role, Slice
+from hap_hf.names.outcome import footprint
 from hap_hf.names.plan import GroupPlan, PruningPlan
 from hap_hf.surgery import apply_plan_
 
@@ -179,21 +180,31 @@ def read(data):
     assert len(message.encode()) < 3000
     if plan is not None:
         assert PruningPlan.from_dict(json.loads(json.dumps(plan.to_dict(), allow_nan=False))) == plan
-        assert all(g.params >= 0 and 0 <= g.macs < float("inf") for g in plan)
+        assert all(0 <= size < float("inf") for g in plan for size in footprint([g]))
 
 
+def in_format_1(plan):
+    """Return a plan as hap_hf 0.1 wrote it: bare lists of groups, and one provenance for all of them."""
+    stages = plan["stages"]
+    return {"format": 1, "stages": [s["groups"] for s in stages], "provenance": {"seed": 3, "threshold": 0.25}}
+
+
+@pytest.mark.parametrize("written", [dict, in_format_1], ids=["format 2", "format 1"])
 @pytest.mark.parametrize("name", AUTO)
-def test_a_mutated_plan_is_read_or_refused(name, checkpoints):
+def test_a_mutated_plan_is_read_or_refused(name, written, checkpoints):
     @fuzz(40, seconds=10)
-    @given(mutated(checkpoints[name][1]["quantization_config"]["plan"]))
+    @given(mutated(written(checkpoints[name][1]["quantization_config"]["plan"])))
     def run(data):
         read(data)
 
     run()
 
 
-@fuzz(100, seconds=10)
-@given(json_values | st.fixed_dictionaries({"format": st.just(1), "stages": st.lists(json_values, max_size=3)}))
+stages = st.lists(json_values | st.fixed_dictionaries({"groups": json_values, "provenance": json_values}), max_size=3)
+
+
+@fuzz(200, seconds=10)
+@given(json_values | st.fixed_dictionaries({"format": st.sampled_from([1, 2]), "stages": stages}))
 def test_any_json_is_read_or_refused(data):
     read(data)
 
@@ -209,7 +220,7 @@ def test_a_checkpoint_with_a_mutated_plan_loads_whole_or_is_refused(name, exampl
     @given(mutated(config["quantization_config"]["plan"], most=3))
     def run(plan):
         (folder / "config.json").write_text(
-            json.dumps({**config, "quantization_config": {"quant_method": "hap", "plan": plan}})
+            json.dumps({**config, "quantization_config": {"quant_method": "hap_hf", "plan": plan}})
         )
         # RuntimeError is what transformers' own check of sizes raises.
         with nothing_left_behind(), little_memory(2**25), LargestTensor() as largest:

@@ -2,12 +2,17 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from synthetic_groups import ffn_group, heads_group, scores_of
 
 from hap_hf.config import HapConfig
+from hap_hf.criteria import Scores
+from hap_hf.discovery import LeftWhole
+from hap_hf.errors import ConfigError
 from hap_hf.names.group import Group, Kind
 from hap_hf.names.plan import GroupPlan, PruningPlan
 from hap_hf.report import ModelSize, PruningReport, make_report
@@ -24,9 +29,15 @@ def example() -> PruningReport:
         {heads: [1] * 6, ffn: [0.4] * 5 + [0.5, 0.5, 0.5, 0.5, 1, 0, 0], other: [1] * 5},
     )
     config = HapConfig(prune_ratio=8 / 18, implant_ratio=0.5, implant_cost=0.5, exclude="l.1.*")
-    return make_report(
-        make_plan([heads, ffn, other], scores, config), scores, BEFORE, AFTER, {"scoring": 1.5, "surgery": 0.25}
-    )
+    whole = LeftWhole(("l.2.attention:heads",), "removing units there does not equal masking them", Kind.HEADS)
+    return reported([heads, ffn, other], scores, config, left_whole=[whole], seconds={"scoring": 1.5, "surgery": 0.25})
+
+
+def reported(groups: list[Group], scores: Scores, config: HapConfig, **others: Any) -> PruningReport:
+    """Return the report of the plan that follows from scores."""
+    plan = make_plan(groups, scores, config)
+    threshold = plan.provenance[0]["threshold"]
+    return make_report(plan, BEFORE, AFTER, config=config, scores=scores, threshold=threshold, **others)
 
 
 def test_the_rows_count_units():
@@ -59,7 +70,7 @@ def test_units_near_the_threshold_are_uncertain_and_exact_ones_are_not():
 def test_an_exact_method_is_never_uncertain():
     group = ffn_group("a", 10)
     scores = scores_of({group: range(10)})
-    report = make_report(make_plan([group], scores, HapConfig(prune_ratio=0.5)), scores, BEFORE, AFTER, {})
+    report = reported([group], scores, HapConfig(prune_ratio=0.5))
     assert report.uncertain_units == 0
 
 
@@ -80,8 +91,7 @@ def test_the_prunable_part_leaves_out_what_was_excluded():
 def test_the_kept_share_of_the_prunable_part_is_that_of_the_budget(setting):
     groups = [heads_group("a", 8), ffn_group("a", 400), ffn_group("b", 300)]
     scores = scores_of({g: range(g.num_units) for g in groups})
-    plan = make_plan(groups, scores, HapConfig(**{setting: 0.5}, exclude="b*"))
-    log = make_report(plan, scores, BEFORE, AFTER, {}).to_log()
+    log = reported(groups, scores, HapConfig(**{setting: 0.5}, exclude="b*")).to_log()
     key = {"target_params": "prune_prunable_params_kept", "target_macs": "prune_prunable_macs_kept"}[setting]
     assert 0.49 <= log[key] <= 0.5
 
@@ -89,7 +99,7 @@ def test_the_kept_share_of_the_prunable_part_is_that_of_the_budget(setting):
 def test_uneven_layers_can_be_read():
     heads = GroupPlan(heads_group("a", 12), "k" * 7 + "ii" + "ppp", {f"a.{p}.weight": 1 for p in "qkv"})
     ffn = GroupPlan(ffn_group("a", 3072), "k" * 1536 + "p" * 1535 + "i", {"a.up.weight": 1})
-    report = make_report(PruningPlan(((heads, ffn),)), None, BEFORE, AFTER, {})
+    report = make_report(PruningPlan(((heads, ffn),)), BEFORE, AFTER)
     assert [g.summary for g in report.groups] == ["heads 12 -> 7 (+2 implants)", "ffn 3,072 -> 1,536 (+1 implant)"]
 
 
@@ -101,15 +111,27 @@ def test_the_dict_is_strict_json_and_holds_everything():
     assert data["groups"][1]["kind"] == "ffn"
     assert data["uncertain_units"] == 3
     assert data["seconds"] == {"scoring": 1.5, "surgery": 0.25}
-    assert data["provenance"]["implant_ratio"] == pytest.approx(0.5)
+    assert data["asked"] == "prune_ratio=0.444444, implant_ratio=0.5, implant_cost=0.5, implant_init=svd"
+    assert data["method"] == "hessian, 8 probes, 3 batches"
+    assert [entry["names"] for entry in data["left_whole"]] == [["l.2.attention:heads"]]
+    assert [entry["kind"] for entry in data["left_whole"]] == ["heads"]
+    assert [origin["settings"]["implant_ratio"] for origin in data["provenance"]] == [pytest.approx(0.5)]
+    assert "plan" not in data
+
+
+def test_the_dict_holds_the_plan_where_that_is_wanted():
+    data = json.loads(json.dumps(example().to_dict(with_plan=True), allow_nan=False))
+    assert PruningPlan.from_dict(data["plan"]) == example().plan
+    assert PruningReport.from_dict(data) == example()
 
 
 def test_numbers_that_are_not_finite_never_reach_json_or_a_log():
     group = ffn_group("a", 4)
-    plan = PruningPlan(((GroupPlan(group, "kkkp"),),), {"threshold": math.nan})
-    report = make_report(plan, None, ModelSize(5, math.inf), AFTER, {"scoring": math.nan})
+    plan = PruningPlan(((GroupPlan(group, "kkkp"),),), ({"threshold": math.nan},))
+    report = make_report(plan, ModelSize(5, math.inf), AFTER, threshold=math.nan, seconds={"scoring": math.nan})
     data = json.loads(json.dumps(report.to_dict(), allow_nan=False))
     assert (data["threshold"], data["before"]["macs"], data["seconds"]["scoring"]) == (None, None, None)
+    assert data["provenance"] == [{"threshold": None}]
     assert all(math.isfinite(v) for v in report.to_log().values())
 
 
@@ -127,7 +149,9 @@ def test_the_markdown_holds_totals_and_every_group():
     assert "| l.0:heads | heads 6 -> 4 | 1.07 k (66.7%) | 10.44 k (66.7%) | 0 |" in text
     assert "| whole model | heads 6 -> 4, ffn 17 -> 11 (+4 implants) | 9.00 k (90.0%) | 1.50 M (75.0%) |  |" in text
     assert "threshold: 10\n" in text
-    assert "hessian, 8 probes, 3 batches" in text
+    assert "- method: hessian, 8 probes, 3 batches\n" in text
+    assert "- asked for: prune_ratio=0.444444, implant_ratio=0.5, implant_cost=0.5, implant_init=svd\n" in text
+    assert "- left whole: l.2.attention:heads: removing units there does not equal masking them\n" in text
 
 
 def test_the_markdown_table_is_rectangular():
@@ -149,34 +173,37 @@ def test_names_from_strangers_break_out_of_nothing():
     name = "a|b\n# x [red]y[/red] <script> \x1b[31m"
     group = ffn_group("a", 4)
     hostile = Group(name, group.kind, 4, group.slices)
-    plan = PruningPlan(((GroupPlan(hostile, "kkkp"),),), {"method": "m\n- fake: 1"})
-    report = make_report(plan, None, BEFORE, AFTER, {})
+    plan = PruningPlan(((GroupPlan(hostile, "kkkp"),),), ({"method": "m\n- fake: 1"},))
+    left_whole = [LeftWhole((f"{name}\n- fake: 1",), "r\n- fake: 1")]
+    report = make_report(plan, BEFORE, AFTER, left_whole=left_whole, seconds={"s\n- fake: 1": 1.0})
+    report = replace(report, asked="a\n- fake: 1", method="m\n- fake: 1")  # as from a file
     assert "| a\\|b?# x \\[red\\]y\\[/red\\] &lt;script> ?\\[31m |" in report.to_markdown()
     assert "\n- fake" not in report.to_markdown()
+    assert "\n- fake" not in str(report)
     assert "\x1b" not in str(report)
     assert "[red]" in str(report)
 
 
 def test_a_plan_from_disk_is_reported_without_scores():
     plan = PruningPlan.from_dict(PruningPlan(((GroupPlan(ffn_group("a", 4), "kkpp"),),)).to_dict())
-    report = make_report(plan, None, BEFORE, AFTER, {})
+    report = make_report(plan, BEFORE, AFTER)
     assert (report.threshold, report.uncertain_units, report.negative_share) == (None, None, None)
+    assert (report.asked, report.method) == ("", "")
+    assert "asked for" not in report.to_markdown()
     assert report.prunable_after == ModelSize(66, 640)
     assert "threshold" not in report.to_markdown()
     assert "ffn 4 -> 2" in str(report)
 
 
-def test_a_composed_plan_counts_the_prunable_part_once():
+def test_a_report_is_about_one_stage():
     first = PruningPlan(((GroupPlan(ffn_group("a", 10), "kkkkkkkkpp"),),))
     second = PruningPlan(((GroupPlan(ffn_group("a", 8), "kkkkkkpp"),),))
-    report = make_report(first.then(second), scores_of({ffn_group("a", 8): range(8)}), BEFORE, AFTER, {})
-    assert (report.prunable_before.params, report.prunable_after.params) == (330, 198)
-    # Scores are those of the second stage only.
-    assert [g.negative for g in report.groups] == [None, 0]
+    with pytest.raises(ConfigError, match="one stage, got a plan of 2"):
+        make_report(first.then(second), BEFORE, AFTER)
 
 
 def test_an_empty_plan_can_be_reported():
-    report = make_report(PruningPlan(()), None, BEFORE, BEFORE, {})
+    report = make_report(PruningPlan(()), BEFORE, BEFORE)
     assert report.to_log()["prune_params"] == 10_000
     assert "whole model" in str(report)
 
@@ -185,7 +212,7 @@ def test_saving_writes_both_files_in_utf_8(tmp_path):
     folder = tmp_path / "new" / "folder"
     group = ffn_group("a", 4)
     named = Group("größe:ffn", group.kind, 4, group.slices)
-    report = make_report(PruningPlan(((GroupPlan(named, "kkkp"),),)), None, BEFORE, AFTER, {})
+    report = make_report(PruningPlan(((GroupPlan(named, "kkkp"),),)), BEFORE, AFTER)
     report.save(folder)
     assert sorted(p.name for p in folder.iterdir()) == ["pruning_report.json", "pruning_report.md"]
     assert json.loads((folder / "pruning_report.json").read_text("utf-8")) == report.to_dict()
@@ -193,18 +220,52 @@ def test_saving_writes_both_files_in_utf_8(tmp_path):
     assert "größe".encode() in (folder / "pruning_report.json").read_bytes()
 
 
+def test_a_saved_report_is_loaded_with_everything_but_its_plan(tmp_path):
+    example().save(tmp_path)
+    loaded = PruningReport.load(tmp_path)
+    assert loaded == replace(example(), plan=PruningPlan(()))
+    assert (loaded.to_markdown(), str(loaded)) == (example().to_markdown(), str(example()))
+    assert loaded.to_log() == example().to_log()
+    assert loaded.to_dict() == {**example().to_dict(), "provenance": []}
+
+
+def test_a_loaded_report_of_numbers_that_are_not_finite_can_be_shown_and_logged(tmp_path):
+    plan = PruningPlan(((GroupPlan(ffn_group("a", 4), "kkkp"),),))
+    report = make_report(plan, ModelSize(5, math.inf), AFTER, threshold=math.nan, seconds={"scoring": math.nan})
+    report.save(tmp_path)
+    loaded = PruningReport.load(tmp_path)
+    assert loaded.to_dict() == {**report.to_dict(), "provenance": []}
+    assert all(math.isfinite(v) for v in loaded.to_log().values())
+    assert "ffn 4 -> 3" in loaded.to_markdown()
+    assert "ffn 4 -> 3" in str(loaded)
+
+
+@pytest.mark.parametrize("values", [{}, [], {"groups": 3}, {"groups": [{}]}, {"groups": [], "before": {"params": 1}}])
+def test_what_is_no_report_is_refused(values):
+    with pytest.raises(ConfigError, match="expected the values of a pruning report"):
+        PruningReport.from_dict(values)
+
+
+@pytest.mark.parametrize("missing", ["groups", "before", "prunable_after", "threshold", "negative_share", "seconds"])
+def test_a_report_that_lacks_something_is_refused_by_its_name(missing):
+    values = example().to_dict()
+    del values[missing]
+    with pytest.raises(ConfigError, match=f"expected the values of a pruning report, got some without '{missing}'"):
+        PruningReport.from_dict(values)
+
+
 @pytest.mark.parametrize("failing", [1, 2])
 def test_a_save_that_fails_leaves_no_half_file_and_no_draft(failing, tmp_path, monkeypatch):
-    old, new = example(), make_report(PruningPlan(()), None, BEFORE, AFTER, {})
+    old, new = example(), make_report(PruningPlan(()), BEFORE, AFTER)
     old.save(str(tmp_path))
     write, calls = Path.write_text, []
 
-    def fail_once(self, text, **kwargs):
+    def fail_once(self, data, **kwargs):
         calls.append(self)
         if len(calls) == failing:
-            write(self, text[: len(text) // 2], **kwargs)
+            write(self, data[: len(data) // 2], **kwargs)
             raise OSError("disk full")
-        return write(self, text, **kwargs)
+        return write(self, data, **kwargs)
 
     monkeypatch.setattr(Path, "write_text", fail_once)
     with pytest.raises(OSError, match="disk full"):

@@ -10,9 +10,12 @@ from transformers import BertConfig, BertForSequenceClassification, ViTConfig, V
 
 from hap_hf.discovery import find_groups
 from hap_hf.errors import BatchError
+from hap_hf.names.outcome import footprint, whole
 from hap_hf.names.plan import GroupPlan, PruningPlan
 from hap_hf.report import measure_size
 from hap_hf.surgery import apply_plan_
+
+pytestmark = pytest.mark.fast
 
 LAYERS, HIDDEN, HEADS, INNER, TOKENS, BATCH = 2, 16, 4, 24, 7, 3
 
@@ -80,9 +83,9 @@ def test_a_pruned_model_has_fewer_by_what_the_plan_says():
     stage = (GroupPlan(heads, "kpik", implants), GroupPlan(ffn, "p" * 9 + "k" * 15))
     apply_plan_(model, PruningPlan((stage,)))
     after = measure_size(model, batch)
-    whole = [GroupPlan(g, "k" * g.num_units) for g in (heads, ffn)]
-    assert before.params - after.params == sum(g.params for g in whole) - sum(g.params for g in stage)
-    assert before.macs - after.macs == pytest.approx(sum(g.macs for g in whole) - sum(g.macs for g in stage))
+    saved = footprint(whole([heads, ffn])) - footprint(stage)
+    assert before.params - after.params == saved.params
+    assert before.macs - after.macs == pytest.approx(saved.macs)
     assert after.params < before.params
 
 
@@ -167,7 +170,21 @@ def test_torchs_switch_for_fused_layers_is_put_back(batch, enabled, monkeypatch)
     assert torch.backends.mha.get_fastpath_enabled() is enabled
 
 
-@pytest.mark.parametrize("batch", [{}, {"x": 3}, {"x": torch.tensor(1.0)}, {"x": torch.zeros(0, 6, 4)}])
-def test_a_batch_without_samples_is_an_error(batch):
-    with pytest.raises(BatchError, match="expected a batch with a tensor of at least one sample"):
+@pytest.mark.parametrize(
+    ("batch", "message"),
+    [
+        ({}, r"batch 0: expected tensors in the batch, got a mapping of \[\] to \[\]"),
+        ({"x": 3}, r"batch 0: expected tensors in the batch, got a mapping of \['x'\] to \['int'\]"),
+        ({"x": torch.tensor(1.0)}, "expected a batch with a tensor of at least one sample"),
+        ({"x": torch.zeros(0, 6, 4)}, "expected a batch with a tensor of at least one sample"),
+        ({"x": [torch.zeros(2, 6, 4)]}, "expected a batch with a tensor of at least one sample"),
+    ],
+)
+def test_a_batch_without_samples_is_an_error(batch, message):
+    with pytest.raises(BatchError, match=message):
         measure_size(Products(), batch)
+
+
+def test_a_pair_of_inputs_and_labels_counts_like_a_mapping():
+    x = torch.randn(2, 6, 4)
+    assert measure_size(Products(), (x, torch.tensor([0, 1]))) == measure_size(Products(), {"x": x})

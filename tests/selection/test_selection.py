@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import pytest
@@ -10,11 +11,16 @@ import torch
 from synthetic_groups import ffn_group, heads_group, random_scores, scores_of
 
 from hap_hf.config import HapConfig
+from hap_hf.criteria import Hessian
 from hap_hf.errors import ConfigError, CurvatureError
+from hap_hf.names.amount import Amount
 from hap_hf.names.group import Group, Kind, Role, Slice
+from hap_hf.names.outcome import footprint
 from hap_hf.names.plan import PruningPlan
 from hap_hf.selection import make_plan, select_groups
 from hap_hf.version import __version__
+
+pytestmark = pytest.mark.fast
 
 
 def actions_of(plan: PruningPlan) -> dict[str, str]:
@@ -159,7 +165,7 @@ def test_a_fused_projection_has_one_rank_for_all_its_rows():
     # 4 heads of 3 * 4 rows and 16 inputs: 0.5 * 48 * 16 / (48 + 16) = 6.
     assert dict(only.ranks) == {"c.weight": 6}
     # 4 kept heads of 4 * 4 * 16 weights; implants keep their 4 * 16 consuming ones and get 6 * (48 + 16).
-    assert only.params == 4 * 256 + 4 * 64 + 6 * 64
+    assert footprint([only]).params == 4 * 256 + 4 * 64 + 6 * 64
 
 
 def test_implants_that_would_not_be_cheaper_are_removed_with_the_numbers(caplog):
@@ -218,24 +224,64 @@ def test_patterns_match_names_of_groups_and_tensors(pattern):
 
 def test_provenance_says_how_the_plan_came_about():
     group = heads_group("a", 10)
-    config = HapConfig(prune_ratio=0.4, implant_ratio=0.5, seed=7, precision="bf16", exclude=())
-    provenance = make_plan([group], scores_of({group: [0.5 * u for u in range(10)]}), config).provenance
+    method = Hessian(num_probes=8, stop_share=0.01)
+    config = HapConfig(prune_ratio=0.4, implant_ratio=0.5, seed=7, precision="bf16", exclude=(), method=method)
+    scores = replace(scores_of({group: [0.5 * u for u in range(10)]}), settled=True)
+    (provenance,) = make_plan([group], scores, config).provenance
     assert provenance["threshold"] == pytest.approx(2.0, abs=0)
-    assert {k: provenance[k] for k in ("hap_hf", "method", "num_probes", "num_batches", "seed", "precision")} == {
-        "hap_hf": __version__,
-        "method": "hessian",
+    assert {k: provenance[k] for k in ("num_probes", "settled", "num_batches", "num_loss_terms")} == {
         "num_probes": 8,
+        "settled": True,
         "num_batches": 3,
+        "num_loss_terms": 24,
+    }
+    settings = provenance["settings"]
+    assert {k: settings[k] for k in ("hap_hf", "seed", "precision")} == {
+        "hap_hf": __version__,
         "seed": 7,
         "precision": "bf16",
     }
-    assert (provenance["prune_ratio"], provenance["target_params"], provenance["implant_ratio"]) == (0.4, None, 0.5)
+    assert {k: settings["method"][k] for k in ("name", "num_probes", "stop_share")} == {
+        "name": "hessian",
+        "num_probes": 8,
+        "stop_share": 0.01,
+    }
+    assert (settings["prune_ratio"], settings["target_params"], settings["implant_ratio"]) == (0.4, None, 0.5)
+    assert HapConfig.from_dict(settings) == config
 
 
-def test_a_plan_with_its_provenance_survives_json():
-    groups = [heads_group("a", 10), ffn_group("a", 40)]
-    plan = make_plan(groups, random_scores(groups, 0), HapConfig(target_macs=0.6, implant_ratio=0.3))
+def assert_survives_json(groups, config):
+    """Assert that a plan of the first two groups is the same after JSON, and its settings are those it was made by."""
+    plan = make_plan(groups, random_scores(groups[:2], 0), config)
     assert PruningPlan.from_dict(json.loads(json.dumps(plan.to_dict(), allow_nan=False))) == plan
+    assert PruningPlan.from_dict(plan.to_dict()) == plan
+    assert HapConfig.from_dict(plan.provenance[0]["settings"]) == config
+
+
+@pytest.mark.parametrize("amount", [{"target_macs": 0.6}, {"amount": Amount("params", 0.6)}], ids=["share", "amount"])
+def test_a_plan_with_its_provenance_survives_json(amount):
+    groups = [heads_group("a", 10), ffn_group("a", 40)]
+    assert_survives_json(groups, HapConfig(**amount, implant_ratio=0.3, method=Hessian(num_probes=4)))
+
+
+def test_a_plan_with_a_long_list_of_exclusions_survives_json():
+    groups = [heads_group("a", 10), ffn_group("a", 40), *(ffn_group(f"b.{i}", 4) for i in range(300))]
+    assert_survives_json(groups, HapConfig(prune_ratio=0.5, exclude=[g.name for g in groups[2:]]))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weighted(Hessian):
+    """A criterion of a user with a setting of several values."""
+
+    weights: tuple[float, ...] = (1.0, 0.5)
+
+
+def test_a_plan_by_a_criterion_with_a_setting_of_several_values_can_be_recorded():
+    group = ffn_group("a", 10)
+    config = HapConfig(prune_ratio=0.5, method=Weighted())
+    written = make_plan([group], scores_of({group: range(10)}), config).to_dict()
+    # Recording reads it back without JSON in between.
+    assert PruningPlan.from_dict(written) == PruningPlan.from_dict(json.loads(json.dumps(written)))
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])

@@ -9,7 +9,9 @@ from synthetic_groups import ffn_group, heads_group, random_scores, scores_of
 
 from hap_hf.config import HapConfig
 from hap_hf.errors import ConfigError
+from hap_hf.names.currencies import Currency, Macs, Params
 from hap_hf.names.group import Group, Kind, Role, Slice
+from hap_hf.names.outcome import footprint
 from hap_hf.selection import make_plan
 
 
@@ -169,7 +171,7 @@ def test_implants_stay_where_keeping_one_would_leave_another_that_does_not_pay()
     cut = make_plan([heads, uneven], scores, HapConfig(prune_ratio=5.5 / 11, **settings))
     assert [g.actions.count("i") for g in cut] == [3, 2]
     # Room for one unit of b, 315 weights, but not for both, 502, nor for a head.
-    target = (sum(g.params for g in cut) + 400) / (8 * 4144 + 3 * 576)
+    target = (footprint(cut).params + 400) / (8 * 4144 + 3 * 576)
     plan = make_plan([heads, uneven], scores, HapConfig(target_params=target, **settings))
     assert [g.actions for g in plan] == [g.actions for g in cut]
 
@@ -206,7 +208,7 @@ def test_a_budget_in_macs_needs_groups_with_macs():
     whole = ffn_group("a", 10)
     slices = tuple(Slice(s.tensor, s.shape, s.dim, s.offset, s.width, s.role) for s in whole.slices)
     group = Group(whole.name, whole.kind, 10, slices)
-    with pytest.raises(ConfigError, match=r"target_macs=0.5 needs groups that carry MACs, got 1 groups with none"):
+    with pytest.raises(ConfigError, match=r"target_macs=0.5 needs groups that cost some macs, got 1 groups with none"):
         make_plan([group], scores_of({group: range(10)}), HapConfig(target_macs=0.5))
 
 
@@ -223,7 +225,7 @@ def test_macs_and_parameters_are_different_budgets():
 def test_the_threshold_is_the_sensitivity_at_the_cut():
     ffn = ffn_group("a", 200)
     plan = make_plan([ffn], scores_of({ffn: range(200)}), HapConfig(per_cost=False, target_params=0.5))
-    assert plan.provenance["threshold"] == pytest.approx(100.0, abs=0)
+    assert plan.provenance[0]["threshold"] == pytest.approx(100.0, abs=0)
 
 
 @pytest.mark.parametrize("settings", [{}, {"implant_ratio": 0.3}, {"implant_ratio": 1.0}, {"round_to": 8}])
@@ -237,32 +239,40 @@ def test_fifty_thousand_units_take_seconds(settings):
     assert 0.74 <= kept_share(plan, "target_params") <= 0.75
 
 
-@pytest.mark.parametrize(("setting", "per"), [("target_params", "params"), ("target_macs", "macs")])
-def test_units_may_compete_by_sensitivity_per_cost(setting: str, per: str) -> None:
+@pytest.mark.parametrize(("setting", "per"), [("target_params", Params()), ("target_macs", Macs())])
+def test_units_may_compete_by_sensitivity_per_cost(setting: str, per: Currency) -> None:
     """Every unit is as sensitive as it is large, but for one group that gives less for its size."""
     groups = [heads_group("a", 12), ffn_group("a", 60), ffn_group("b", 60)]
-    cost = {g.name: g.params_per_unit if per == "params" else g.macs_per_unit for g in groups}
+    cost = {g.name: g.params_per_unit if setting == "target_params" else g.macs_per_unit for g in groups}
+    assert {g.name: per.unit_cost(g) for g in groups} == cost
     noise = random_scores(groups, 0)
     scores = scores_of({
         g: (cost[g.name] * (0.5 if g is groups[2] else 1) * (1 + noise.sensitivity[g.name] / 100)).tolist()
         for g in groups
     })
-    plain = make_plan(groups, scores, HapConfig(**{setting: 0.9}, per_cost=False, max_group_ratio=1))
-    dense = make_plan(groups, scores, HapConfig(**{setting: 0.9}, per_cost=True, max_group_ratio=1))
+    by_value = HapConfig(**{setting: 0.9}, per_cost=False, max_group_ratio=1)
+    by_cost = HapConfig(**{setting: 0.9}, per_cost=True, max_group_ratio=1)
+    plain, dense = (make_plan(groups, scores, settings) for settings in (by_value, by_cost))
     assert [bool(g.units("p")) for g in dense] == [False, False, True]
     assert not any(g.units("p") for g in plain if g.group.kind == "heads")
-    assert plain.provenance["per"] is None
-    assert dense.provenance["per"] == per
+    assert by_value.per is None
+    assert by_cost.per == per
+    assert [p.provenance[0]["settings"]["per_cost"] for p in (plain, dense)] == [False, True]
     # The threshold is that of the least sensitive unit that stays, in the same measure.
     b = next(g for g in dense if g.group is groups[2])
     kept = scores.sensitivity[groups[2].name][b.units("k")].min() / cost[groups[2].name]
-    assert dense.provenance["threshold"] == pytest.approx(kept.item())
+    assert dense.provenance[0]["threshold"] == pytest.approx(kept.item())
 
 
 def test_by_default_only_the_mask_of_the_gauss_newton_matrix_competes_by_cost() -> None:
-    assert HapConfig(target_params=0.5).per == "params"
-    assert HapConfig(target_macs=0.5).per == "macs"
+    assert HapConfig(target_params=0.5).per == Params()
+    assert HapConfig(target_macs=0.5).per == Macs()
     assert HapConfig(prune_ratio=0.5).per is None
     assert HapConfig(target_macs=0.5, method="hessian").per is None
-    assert HapConfig(target_macs=0.5, method="hessian", per_cost=True).per == "macs"
+    assert HapConfig(target_macs=0.5, method="hessian", per_cost=True).per == Macs()
     assert HapConfig(target_macs=0.5, per_cost=False).per is None
+
+
+def test_by_cost_without_a_budget_to_count_costs_by_is_an_error() -> None:
+    with pytest.raises(ConfigError, match="per_cost=True needs a budget to count costs by, got prune_ratio"):
+        HapConfig(prune_ratio=0.5, per_cost=True)

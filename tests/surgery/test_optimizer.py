@@ -11,7 +11,7 @@ from torch import nn
 from transformers import Adafactor
 
 from hap_hf.discovery import find_groups
-from hap_hf.errors import UnsupportedModelError
+from hap_hf.errors import StaleOptimizerError, UnsupportedModelError
 from hap_hf.model.change import TensorChange
 from hap_hf.surgery import apply_plan_, carry_optimizer_state_
 
@@ -60,13 +60,17 @@ def test_steps_on_the_pruned_model_equal_steps_on_the_masked_one(name, optimizer
         torch.testing.assert_close(dict(smaller.named_parameters())[change.name], value, rtol=0, atol=1e-8)
 
 
-def test_without_carrying_the_new_tensors_would_never_move():
+def test_without_carrying_the_new_tensors_would_never_move_so_a_step_is_refused():
     model, batch = build("bert"), batch_of("bert")
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     changes = apply_plan_(model, plan_of(uneven_removal(find_groups(model, batch))))
-    before = {c.name: c.new.detach().clone() for c in changes}
-    steps(model, optimizer, batch, 2)
-    assert all(torch.equal(c.new, before[c.name]) for c in changes)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    first = next(n for n in before if n in {c.name for c in changes})
+    message = f"this AdamW holds {len(changes)} parameters that pruning replaced, {first} among them"
+    with pytest.raises(StaleOptimizerError, match=message):
+        steps(model, optimizer, batch, 2)
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+    assert not optimizer.state
     carry_optimizer_state_(optimizer, changes)
     steps(model, optimizer, batch, 2)
     assert not any(torch.equal(c.new, before[c.name]) for c in changes)

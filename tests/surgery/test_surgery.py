@@ -16,6 +16,8 @@ from hap_hf.names.group import Counter, Role
 from hap_hf.names.plan import GroupPlan, PruningPlan
 from hap_hf.surgery import apply_plan_, check_plan
 
+pytestmark = pytest.mark.fast
+
 
 @pytest.fixture
 def bert():

@@ -41,7 +41,7 @@ def two_processes(tmp_path_factory):
         environment = {
             **os.environ,
             "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent)]),
+            "PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parents[1])]),
             "GLOO_SOCKET_IFNAME": "lo",
         }
         done = subprocess.run(
@@ -73,6 +73,11 @@ def assert_close(a, b):
         torch.testing.assert_close(x, b[name], rtol=1e-11, atol=1e-12, msg=lambda m, name=name: f"{name}: {m}")
 
 
+def without_threshold(stage):
+    """Return a stage of a plan without the one number that is the same up to rounding only."""
+    return {**stage, "provenance": {k: v for k, v in stage["provenance"].items() if k != "threshold"}}
+
+
 @pytest.mark.parametrize("name", TRAININGS)
 def test_a_training_in_two_processes_ends_like_one_in_one_process(two_processes, name):
     first, second = two_processes(name)
@@ -80,7 +85,8 @@ def test_a_training_in_two_processes_ends_like_one_in_one_process(two_processes,
     assert first["plan"] == second["plan"]
     assert_bitwise(first["weights"], second["weights"])
 
-    assert first["plan"]["stages"] == alone["plan"]["stages"]
+    shared, own = ({**f["plan"], "stages": [without_threshold(s) for s in f["plan"]["stages"]]} for f in (first, alone))
+    assert shared == own
     assert first["threshold"] == pytest.approx(alone["threshold"], rel=1e-11)
     assert_close(first["weights"], alone["weights"])
 
@@ -185,10 +191,10 @@ FAILURES = {
 """What fails in one process, and what the first and the second say."""
 
 DIFFERENCES = {
-    "other_plan": ("plan", "threshold, prune_ratio, bert.encoder.layer."),
+    "other_plan": ("plan", "threshold, bert.encoder.layer."),
     "other_weights": ("weights after pruning", "bert.embeddings.LayerNorm.bias; start every process"),
     "drifted": ("weights before pruning", "classifier.bias; load the same checkpoint in every process"),
-    "other_settings": ("settings of HessianPruner", "num_probes, interval; start every process"),
+    "other_settings": ("settings of HessianPruner", "method, interval; start every process"),
 }
 """What differs between the processes, and what both say."""
 

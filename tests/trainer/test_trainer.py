@@ -202,6 +202,7 @@ def test_what_was_done_is_logged_and_written(tmp_path):
     assert "| " in (tmp_path / "pruning_report.md").read_text()
 
 
+@pytest.mark.fast
 def test_checkpoints_saved_after_pruning_reload(tmp_path):
     trainer = make_trainer(
         tmp_path,

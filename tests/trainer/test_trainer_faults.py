@@ -14,6 +14,7 @@ import transformers as hf
 from trainings import assert_same, config, make_trainer, samples, tiny_model
 from transformers import Trainer
 
+import hap_hf.decision
 import hap_hf.pipeline
 from hap_hf import Compensation, ConfigError, CurvatureError, HessianPruner, plan_of, prune
 from hap_hf.model.rollback import interrupts_deferred, undone_on_error
@@ -63,24 +64,35 @@ def raising_after(function, error):
     return wrapped
 
 
-STAGES = ["find_groups", "make_plan", "collect_input_moments", "apply_plan_", "carry_optimizer_state_", "record_plan"]
+STAGES = [
+    "discover",
+    "score_in_passes",
+    "choose",
+    "collect_input_moments",
+    "replace_values_",
+    "apply_plan_",
+    "carry_optimizer_state_",
+    "record_plan",
+]
 
 
 @pytest.mark.parametrize("stage", [*STAGES, "make_report"])
 def test_ctrl_c_after_any_stage_leaves_everything_as_it_was(tmp_path, stage):
     trainer, remember = interrupted_training(tmp_path)
-    interrupted = raising_after(getattr(hap_hf.pipeline, stage), KeyboardInterrupt())
+    module = hap_hf.decision if stage == "make_report" else hap_hf.pipeline
+    interrupted = raising_after(getattr(module, stage), KeyboardInterrupt())
     if stage == "record_plan":  # nothing comes after it, so it is interrupted before
         interrupted = raising_after(lambda *args: None, KeyboardInterrupt())
-    with mock.patch.object(hap_hf.pipeline, stage, interrupted), pytest.raises(KeyboardInterrupt):
+    with mock.patch.object(module, stage, interrupted), pytest.raises(KeyboardInterrupt):
         trainer.train()
     assert_usable(trainer, remember.before[3])
 
 
-def test_ctrl_c_after_compensation_leaves_everything_as_it_was(tmp_path):
+@pytest.mark.parametrize("step", ["measure", "best_values"])
+def test_ctrl_c_after_compensation_leaves_everything_as_it_was(tmp_path, step):
     trainer, remember = interrupted_training(tmp_path)
-    interrupted = raising_after(Compensation.apply_best_, KeyboardInterrupt())
-    with mock.patch.object(Compensation, "apply_best_", interrupted), pytest.raises(KeyboardInterrupt):
+    interrupted = raising_after(getattr(Compensation, step), KeyboardInterrupt())
+    with mock.patch.object(Compensation, step, interrupted), pytest.raises(KeyboardInterrupt):
         trainer.train()
     assert_usable(trainer, remember.before[3])
 
@@ -322,7 +334,7 @@ def test_scoring_through_the_callback_goes_on_in_smaller_batches(tmp_path, monke
         trainer.train()
     assert "out of memory while scoring a batch of 8 samples; starting anew with at most 4 a batch" in caplog.text
     report = pruner.reports[0]
-    assert report.provenance["num_batches"] == 4
+    assert report.plan.provenance[-1]["num_batches"] == 4
     monkeypatch.undo()
     model, halves = tiny_model(), []
     for batch in hap_hf.trainer.scoring_batches(samples(), trainer.data_collator, 8, config()):

@@ -28,7 +28,7 @@ def killed(tmp_path_factory):
     """Return the folder in which the killed trainings left their checkpoints."""
     folder = tmp_path_factory.mktemp("killed")
     tests = Path(__file__).parents[1] / "helpers"
-    script, path = tests / "killed_trainings.py", os.pathsep.join([str(tests), str(tests.parent)])
+    script, path = tests / "killed_trainings.py", os.pathsep.join([str(tests), str(tests.parents[1])])
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, script, folder], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -36,7 +36,7 @@ def test_scoring_takes_no_sample_of_a_stream_from_the_training(tmp_path):
     pruner = HessianPruner(config(method="taylor"), step=2)
     trainer = make_trainer(tmp_path, exact_model(), pruner, data=Stream(), kind=Watching, max_steps=6)
     trainer.train()
-    assert pruner.reports[0].provenance["num_batches"] == 2
+    assert pruner.reports[0].plan.provenance[-1]["num_batches"] == 2
     assert torch.equal(torch.cat(trainer.seen), torch.stack([s["input_ids"] for s in samples()]))
 
 

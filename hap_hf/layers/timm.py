@@ -1,27 +1,34 @@
-"""Convolutions that standardise their weights in every forward pass."""
+"""timm's convolutions that standardise their weights in every forward pass. timm itself is not imported."""
 
 import importlib
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import nn
 from torch.nn import functional
 
-from hap_hf.layers.projection import num_groups
+from hap_hf.layers.conv import Convolution
+from hap_hf.layers.kind import register_layer
 
 
-def is_standardised(module: nn.Module) -> bool:
-    """Return whether ``module`` is one of timm's convolutions with weight standardisation, over all of its inputs.
+@register_layer(
+    "timm.layers.std_conv.StdConv2d",
+    "timm.layers.std_conv.StdConv2dSame",
+    "timm.layers.std_conv.ScaledStdConv2d",
+    "timm.layers.std_conv.ScaledStdConv2dSame",
+)
+class StandardisedConv2d(Convolution):
+    """A convolution with weight standardisation."""
 
-    Args:
-        module: Any module.
+    spatial_dims: ClassVar[int] = 2
+    fixed: ClassVar[bool] = False
 
-    Returns:
-        Whether it is.
-    """
-    kind = type(module)
-    named = kind.__module__ == "timm.layers.std_conv" and kind.__name__.endswith(("StdConv2d", "StdConv2dSame"))
-    return named and num_groups(module) == 1
+    def plain(self, module: nn.Module) -> nn.Module:
+        """Return an ordinary convolution, as fewer inputs would standardise the same kernels to others.
+
+        Grouped ones lose whole groups, and no kernel an input: they stay as they are.
+        """
+        return plain_convolution(module) if self.num_groups(module) == 1 else module
 
 
 def plain_convolution(module: nn.Module) -> nn.Conv2d:
@@ -45,21 +52,24 @@ def plain_convolution(module: nn.Module) -> nn.Conv2d:
     kind = type(module).__name__
     name = "Conv2dSame" if getattr(module, "same_pad", False) else "Conv2d"
     home = importlib.import_module("timm.layers") if name == "Conv2dSame" else nn
-    plain: nn.Conv2d = getattr(home, name)(
-        weight.shape[1],
-        weight.shape[0],
-        source.kernel_size,
-        stride=source.stride,
-        padding=0 if name == "Conv2dSame" else source.padding,
-        dilation=source.dilation,
-        bias=False,
-        device="meta",
-    )
+    # On meta: the weights come below, and an initialiser would move the caller's random numbers.
+    with torch.device("meta"):  # not as an argument, which timm's layers before 1.0.21 do not take
+        plain: nn.Conv2d = getattr(home, name)(
+            weight.shape[1],
+            weight.shape[0],
+            source.kernel_size,
+            stride=source.stride,
+            padding=0 if name == "Conv2dSame" else source.padding,
+            dilation=source.dilation,
+            bias=False,
+        )
     if weight.is_meta:
         fixed = weight.detach()
     else:
+        # Scaled kinds have a learned gain a kernel and a fixed scale for the fan-in; both become part of the weight.
         gain = (source.gain * source.scale).flatten() if kind.startswith("Scaled") else None
         with torch.no_grad():
+            # Standardising as timm does it: each kernel is a channel, [1, out, in * taps], in a batch of one.
             fixed = functional.batch_norm(
                 weight.flatten(1)[None], None, None, gain, training=True, momentum=0.0, eps=source.eps
             ).view_as(weight)

@@ -1,0 +1,49 @@
+"""The relative trace of the generalised Gauss-Newton matrix."""
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from hap_hf.criteria.criterion import Criterion, ScoringTask, register_criterion
+from hap_hf.criteria.gradients import of_model, traces
+from hap_hf.criteria.scores import Scores
+from hap_hf.criteria.units import Coupling
+from hap_hf.curvature import squared
+from hap_hf.names.checks import at_least, member
+
+
+@register_criterion
+@dataclass(frozen=True, kw_only=True)
+class GGN(Criterion):
+    r"""Score by the relative trace of the generalised Gauss-Newton matrix G, tr(G_uu) ||w_u||^2 / (2 n_u).
+
+    HAP's formula with G for H. Near a minimum the two agree, but the trace of G is a plain sum of squared per-sample
+    gradients: no random probe mixes other blocks into it, and it is never negative.
+
+    References: Yu et al., "Hessian-Aware Pruning and Optimal Neural Implant", WACV 2022, for the formula;
+    :func:`~hap_hf.curvature.ggn.estimate_ggn` for the matrix.
+    """
+
+    name: ClassVar[str] = "ggn"
+
+    coupling: Coupling = field(
+        default=Coupling.SUM, metadata={"help": "How the slices of a unit are combined: joint, sum or filter."}
+    )
+    num_output_probes: int | None = field(
+        default=1,
+        metadata={
+            "help": "Backward passes per batch, each from random signs at the model's outputs; None for as many as "
+            "there are outputs, which is exact."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        """Check the settings."""
+        object.__setattr__(self, "coupling", member(Coupling, "coupling", self.coupling))
+        if self.num_output_probes is not None:
+            at_least("num_output_probes", self.num_output_probes, 1)
+
+    def score(self, task: ScoringTask) -> Scores:
+        """Return the scores; see the class."""
+        units, reduce = traces(task, self.coupling)
+        # As for a Fisher matrix, tr(G_uu) is the mean of the unit's squared gradient entries.
+        return of_model(task, self.name, units, squared, reduce, self.num_output_probes)

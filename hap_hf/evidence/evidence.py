@@ -1,0 +1,271 @@
+"""What is measured on: a model, batches, a loss, an arithmetic and the processes that work together."""
+
+import math
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import islice
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm  # type: ignore[import-untyped]
+
+from hap_hf.curvature import SampleBatch, rademacher
+from hap_hf.curvature.batch_loss import check_counts
+from hap_hf.errors import BatchError, ConfigError, UnsupportedModelError
+from hap_hf.evidence.batches import Batch, as_batch, batch_size
+from hap_hf.evidence.losses import LossFunction, batch_losses, model_loss
+from hap_hf.evidence.precision import Precision
+from hap_hf.evidence.processes import ALONE, Processes
+from hap_hf.host import tree_map_only
+from hap_hf.model.state import preserved
+from hap_hf.names.checks import at_least, member
+
+# Lifts gradients above float16's smallest number. A power of two rounds nothing; it is lowered on overflow.
+_FP16_LOSS_SCALE = 2.0**16
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What everything is measured on, checked and brought into form once.
+
+    Args:
+        model: The model, which every measurement leaves as found.
+        batches: Keyword arguments of its forward with labels; each counts by its number of loss terms, see
+            :func:`~hap_hf.evidence.losses.count_loss_terms`.
+        loss_fn: Mean loss of a model over a batch's loss terms.
+        precision: Arithmetic of the forward pass and its derivatives.
+        seed: Seed of random signs and probes.
+        progress: Whether to show progress bars.
+        processes: The processes that measure together, with the same results; ``batches`` are the share of this one.
+    """
+
+    model: nn.Module
+    batches: Sequence[Batch]
+    loss_fn: LossFunction = model_loss
+    precision: Precision = Precision.FP32
+    seed: int = 0
+    progress: bool = True
+    processes: Processes = ALONE
+
+    @classmethod
+    def of(
+        cls,
+        model: nn.Module,
+        batches: Iterable[Any],
+        *,
+        loss_fn: LossFunction | None = None,
+        precision: Precision | str = Precision.FP32,
+        seed: int = 0,
+        max_batches: int | None = 8,
+        progress: bool = True,
+        processes: Processes = ALONE,
+    ) -> Self:
+        """Return what is measured on; nothing is computed yet.
+
+        Args:
+            model: The model, neither wrapped, compiled nor quantized.
+            batches: Mappings as a Hugging Face collator gives them, or pairs of inputs and labels. They are drawn
+                once, and kept: all stages see the same ones.
+            loss_fn: Loss of a model on a batch, a scalar; by default ``model(**batch).loss``, or the cross-entropy of
+                what returns logits alone.
+            precision: Arithmetic of the forward pass and its derivatives.
+            seed: Seed of random signs and probes.
+            max_batches: Use at most this many batches; None for all.
+            progress: Whether to show progress bars.
+            processes: The processes that measure together; ``batches`` are the share of this one.
+
+        Returns:
+            The evidence.
+
+        Raises:
+            BatchError: If a batch is neither a mapping with tensors nor a pair of them.
+            ConfigError: If a setting is out of range.
+            UnsupportedModelError: If ``model`` is no torch module.
+        """
+        if not isinstance(model, nn.Module):
+            name = type(model).__name__
+            inner = " (a pipeline's is pipeline.model)" if hasattr(model, "model") else ""
+            raise UnsupportedModelError(f"expected a model, a torch.nn.Module, got a {name}{inner}")
+        if isinstance(loss_fn, nn.Module):
+            raise ConfigError(
+                f"loss_fn is called with the model and a batch, got a {type(loss_fn).__name__}, which takes outputs "
+                "and labels; write loss_fn=lambda model, batch: criterion(model(batch['x']), batch['labels'])"
+            )
+        if isinstance(batches, Mapping):
+            raise BatchError(f"expected several batches, got one with {sorted(map(str, batches))}; put it in a list")
+        if not isinstance(batches, Iterable):
+            raise BatchError(f"expected several batches, got a {type(batches).__name__}; pass a list or a DataLoader")
+        if max_batches is not None:
+            at_least("max_batches", max_batches, 1)
+        at_least("seed", seed, 0)
+        drawn = [as_batch(model, batch, index) for index, batch in enumerate(islice(batches, max_batches))]
+        arithmetic = member(Precision, "precision", precision)
+        return cls(model, drawn, loss_fn or model_loss, arithmetic, seed, progress, processes)
+
+    def check_made_with(self, precision: Precision, seed: int) -> None:
+        """Check that a config asks for what this was made with, which is what counts.
+
+        Args:
+            precision: The config's precision.
+            seed: The config's seed.
+
+        Raises:
+            ConfigError: If one of them is another.
+        """
+        for name, own, asked in (("precision", self.precision, precision), ("seed", self.seed, seed)):
+            if own != asked:
+                raise ConfigError(
+                    f"the evidence was made with {name}={own}, and the config says {asked}; make it by "
+                    "config.evidence(model, batches)"
+                )
+
+    @property
+    def example(self) -> Batch:
+        """The first batch of the first process.
+
+        Raises:
+            BatchError: If there is none.
+        """
+        # The same in all processes, so that all of them find the same groups.
+        found = self.processes.first("example", self.batches[0] if self.batches else None)
+        if found is None:
+            raise BatchError("expected at least one batch to score on, got none; pass batches with labels")
+        return found
+
+    @contextmanager
+    def ready(
+        self,
+        tensors: Mapping[str, Tensor],
+        title: str,
+        unit: str,
+        ticks: int = 1,
+        *,
+        twice: bool = False,
+        checkpointed: bool = False,
+    ) -> Generator[Callable[[], object], None, None]:
+        """Prepare the model for derivatives and show a progress bar inside the block.
+
+        Args:
+            tensors: What to differentiate with respect to, by name.
+            title: What the bar is called.
+            unit: What it counts.
+            ticks: How many of them there are in a batch.
+            twice: Whether the model is differentiated twice; see :func:`~hap_hf.model.state.preserved`. Criteria that
+                differentiate only the loss twice, by the model's outputs, leave attention as it is.
+            checkpointed: Whether activations stay checkpointed where they are.
+
+        Yields:
+            The function that moves the bar by one.
+        """
+        with (
+            preserved(self.model, tensors, plain_attention=twice, without_checkpointing=not checkpointed),
+            # The caller's autocast must not reach into the derivatives.
+            torch.autocast(next(self.model.parameters()).device.type, enabled=False),
+            tqdm(total=len(self.batches) * ticks, desc=title, unit=unit, disable=not self.progress) as bar,
+        ):
+            yield bar.update
+
+    def loss_scale(self, tensors: Mapping[str, Tensor]) -> float:
+        """Return the loss scale to begin with.
+
+        Args:
+            tensors: What is differentiated with respect to, by name.
+
+        Returns:
+            1 unless anything is in float16.
+        """
+        half = self.precision is Precision.FP16 or any(t.dtype == torch.float16 for t in tensors.values())
+        return _FP16_LOSS_SCALE if half else 1.0
+
+    def signs(self, like: Mapping[str, Tensor], batch: int, probe: int) -> Mapping[str, Tensor]:
+        """Return random signs, which do not depend on how many processes share the batches.
+
+        Args:
+            like: Tensors to draw signs for, by name.
+            batch: Index of the batch in the share of this process.
+            probe: Index of the probe within the batch.
+
+        Returns:
+            Signs in the shapes of the tensors.
+        """
+        return rademacher(like, self.seed, self.processes.number(batch), probe)
+
+    def total(self, sums: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Return sums over the batches of all processes.
+
+        Args:
+            sums: Sums over the batches of this one, by name.
+
+        Returns:
+            The sums.
+        """
+        return self.processes.summed("scores", sums)
+
+    def losses(self) -> Iterator[tuple[Callable[[], Tensor], int]]:
+        """Yield for each batch a function that computes its mean loss, and the number of loss terms.
+
+        Returns:
+            The pairs.
+        """
+        return batch_losses(self.model, self.batches, self.loss_fn, self.precision)
+
+    def samples(self) -> Iterator[SampleBatch]:
+        """Yield the batches so that their samples can also be computed alone.
+
+        Yields:
+            The batches.
+        """
+        # One by one, so that whoever remembers which batch is at hand sees this one while it is measured.
+        for batch in self.batches:
+            ((loss, num_terms),) = replace(self, batches=[batch]).losses()
+            size = num_samples(batch)
+            yield SampleBatch(loss, num_terms, size, partial(self._single, batch, size))
+
+    def _single(self, batch: Batch, size: int, n: int) -> SampleBatch:
+        """Return the batch of sample n of ``size`` alone."""
+        # What has another size, as a table for all samples, goes along whole. A slice keeps the dimension of samples.
+        one = tree_map_only(Tensor, lambda t: t[n : n + 1] if t.dim() and t.shape[0] == size else t, dict(batch))
+        return next(replace(self, batches=[one]).samples())
+
+
+def num_samples(batch: Batch) -> int:
+    """Return the number of samples of a batch with labels: their leading size, or that of its first tensor.
+
+    Args:
+        batch: Keyword arguments of the model's forward.
+
+    Returns:
+        The number.
+    """
+    labels = batch.get("labels")
+    return labels.shape[0] if isinstance(labels, Tensor) and labels.dim() else batch_size(batch)
+
+
+def mean_loss(evidence: Evidence) -> float:
+    """Return the mean of all loss terms.
+
+    Args:
+        evidence: The model and the batches.
+
+    Returns:
+        The mean; infinite where it is not finite.
+
+    Raises:
+        BatchError: If there are no batches, or no loss terms in them.
+    """
+    total, seen, num_terms = torch.zeros((), dtype=torch.float64, device="cpu"), 0, 0
+    with evidence.ready({}, "loss", "batch") as tick, torch.no_grad():
+        for loss, number in evidence.losses():
+            seen, num_terms = seen + 1, num_terms + number
+            if number:
+                # Each batch's loss is the mean over its own terms, of which it may have more or fewer.
+                total += number * loss().double().cpu()
+            tick()
+    counts = torch.tensor([seen, num_terms], device="cpu")
+    sums = evidence.processes.summed("losses", {"loss": total, "counts": counts})
+    check_counts(*sums["counts"].tolist())
+    mean = sums["loss"].item() / sums["counts"][1].item()
+    return mean if math.isfinite(mean) else math.inf  # which loses each comparison, where NaN might win

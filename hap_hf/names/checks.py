@@ -1,0 +1,133 @@
+"""Checks of settings, each of which says what was expected, what came and what to do."""
+
+import difflib
+from collections.abc import Iterable, Mapping
+from enum import StrEnum
+from typing import Any, TypeVar
+
+from hap_hf.errors import ConfigError
+
+_E = TypeVar("_E", bound=StrEnum)
+
+
+def member(enum: type[_E], name: str, value: object) -> _E:
+    """Return the member of an enum that a string names.
+
+    Args:
+        enum: The enum.
+        name: Name of the setting.
+        value: A member or its value.
+
+    Returns:
+        The member.
+
+    Raises:
+        ConfigError: If there is none.
+    """
+    try:
+        return enum(str(value))
+    except ValueError:
+        raise ConfigError(f"{name} must be one of {[m.value for m in enum]}, got {value!r}") from None
+
+
+def strings(name: str, value: object) -> tuple[Any, ...]:
+    """Return a string or a sequence of strings as a tuple.
+
+    Args:
+        name: Name of the setting.
+        value: What was given.
+
+    Returns:
+        The tuple.
+
+    Raises:
+        ConfigError: If it is something else.
+    """
+    if isinstance(value, str):
+        return (value,)
+    if not isinstance(value, (tuple, list)):
+        raise ConfigError(f"{name} must be a string or a sequence of strings, got {value!r}")
+    for item in value:
+        if not isinstance(item, str):
+            raise ConfigError(f"{name} must hold strings, got {item!r}")
+    return tuple(value)
+
+
+def share(name: str, value: object, interval: str = "(0, 1)") -> None:
+    """Check that a setting is a number between 0 and 1.
+
+    Args:
+        name: Name of the setting.
+        value: What was given.
+        interval: Which ends are allowed, as in ``"[0, 1)"``.
+
+    Raises:
+        ConfigError: If it is not.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ConfigError(f"{name} must be a number in {interval}, got {value!r}")
+    above = value >= 0 if interval[0] == "[" else value > 0
+    below = value <= 1 if interval[-1] == "]" else value < 1
+    if not (above and below):  # NaN fails both comparisons
+        raise ConfigError(f"{name} must lie in {interval}, got {value!r}")
+
+
+def at_least(name: str, value: object, low: int) -> None:
+    """Check that a setting is an integer that is not too small.
+
+    Args:
+        name: Name of the setting.
+        value: What was given.
+        low: Smallest value allowed.
+
+    Raises:
+        ConfigError: If it is not.
+    """
+    # To Python True is the integer 1.
+    if isinstance(value, bool) or not isinstance(value, int) or value < low:
+        raise ConfigError(f"{name} must be an integer of at least {low}, got {value!r}")
+
+
+def boolean(name: str, value: object, *, none: bool = False) -> None:
+    """Check that a setting is True or False.
+
+    Args:
+        name: Name of the setting.
+        value: What was given.
+        none: Whether None is allowed, too.
+
+    Raises:
+        ConfigError: If it is not.
+    """
+    if not isinstance(value, bool) and not (none and value is None):
+        raise ConfigError(f"{name} must be True{', False or None' if none else ' or False'}, got {value!r}")
+
+
+def plain_json(value: Any) -> Any:
+    """Return a setting as JSON would give it back: members of enums as their values, tuples as lists.
+
+    Args:
+        value: A setting, or a container of some.
+
+    Returns:
+        The plain value.
+    """
+    if isinstance(value, Mapping):
+        return {str(k): plain_json(v) for k, v in value.items()}
+    if isinstance(value, (tuple, list)):
+        return [plain_json(v) for v in value]
+    return value.value if isinstance(value, StrEnum) else value
+
+
+def meant(name: str, known: Iterable[str]) -> str:
+    """Return the end of a message that says which name was probably meant.
+
+    Args:
+        name: What was given.
+        known: The names there are.
+
+    Returns:
+        ``"; did you mean ...?"``, or nothing.
+    """
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""
