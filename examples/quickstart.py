@@ -22,7 +22,7 @@ from sklearn.model_selection import train_test_split
 from torch import nn
 from transformers import AutoModelForImageClassification, Trainer, TrainingArguments, ViTConfig, set_seed
 
-from hap_hf import HapConfig, HessianPruner, Method, measure_size
+from hap_hf import HapConfig, HessianPruner, MaskGGN, known_criteria, measure_size
 
 Samples = list[dict[str, torch.Tensor]]
 
@@ -116,14 +116,16 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
     Returns:
         The figures of the printed table, by model.
     """
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output_dir", type=Path, default=Path("runs/quickstart"))
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--output_dir", type=Path, default=Path("runs/quickstart"), help="folder for both models")
     parser.add_argument("--epochs", type=float, default=20, help="epochs of dense training")
     parser.add_argument("--recovery_epochs", type=float, default=8, help="epochs of fine-tuning after pruning")
     parser.add_argument("--target_params", type=float, default=0.5, help="share of encoder parameters to keep")
     parser.add_argument("--implant_ratio", type=float, default=0.2, help="share of cut units that become implants")
-    parser.add_argument("--method", choices=[m.value for m in Method], default=HapConfig(prune_ratio=0.5).method.value)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--method", choices=[*known_criteria()], default=MaskGGN.name, help="how units are scored")
+    parser.add_argument("--seed", type=int, default=0, help="seed of weights, data and scores")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads; a model this small gains little from more")
     options = parser.parse_args(argv)
     logging.basicConfig(level=logging.WARNING)

@@ -14,7 +14,7 @@ done: what was interrupted goes on where it stopped, and a row is made anew only
 import argparse
 import json
 import logging
-import sys
+import runpy
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,14 +22,14 @@ from typing import Any
 import torch
 from transformers import HfArgumentParser
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where run_glue_hap.py and its modules are
-from glue.settings import PruningArguments
-from glue.tasks import TASKS
-from run_glue_hap import main as run_glue_hap
+from hap_hf.arguments import pruning_arguments
 
 logger = logging.getLogger("glue_table")
 
 Row = dict[str, Any]
+SCRIPT = runpy.run_path(str(Path(__file__).resolve().parents[1] / "run_glue_hap.py"))
+SCHEDULE = ("prune_step", "prune_epoch", "num_rounds", "round_interval", "recovery_epochs", "recovery_learning_rate")
+"""Its flags about pruning that are no settings of it."""
 
 
 def main(argv: Sequence[str] | None = None) -> str:
@@ -51,10 +51,10 @@ def main(argv: Sequence[str] | None = None) -> str:
     flags += ["--do_train", "--do_eval", "--save_strategy", "no"]
     dense_dir = own.work_dir / "dense"
     # A dense run takes every flag but those about pruning.
-    pruning_flags = HfArgumentParser(PruningArguments, allow_abbrev=False)
-    _, dense_flags = pruning_flags.parse_args_into_dataclasses(
-        flags, return_remaining_strings=True, look_for_args_file=False
-    )
+    about_pruning = HfArgumentParser(pruning_arguments("seed"), allow_abbrev=False, add_help=False)
+    for name in SCHEDULE:
+        about_pruning.add_argument(f"--{name}")
+    _, dense_flags = about_pruning.parse_known_args(flags)
     rows = _read(own.work_dir / "rows.jsonl")
     dense = [*dense_flags, "--output_dir", str(dense_dir)]
     table = [_row(own.work_dir, rows, dense, {"name": "dense"})]
@@ -74,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> str:
             about = {"name": name, "keep": keep, "implant_ratio": implant_ratio, "dense": dense}
             table.append(_row(own.work_dir, rows, command, about))
     task = flags[flags.index("--task_name") + 1].lower() if "--task_name" in flags else None
-    text = to_markdown(table, TASKS[task].metrics if task is not None else ("accuracy",))
+    text = to_markdown(table, SCRIPT["TASK_TO_METRICS"].get(task, ("accuracy",)))
     (own.work_dir / "table.md").write_text(text, encoding="utf-8")
     print(text)
     return text
@@ -91,7 +91,7 @@ def _row(work_dir: Path, rows: list[Row], command: list[str], about: Row) -> Row
         if all(row.get(key) == value for key, value in wanted.items()):
             logger.info("%s: done before", about["name"])
             return row
-    row = {**wanted, "results": run_glue_hap(command)}
+    row = {**wanted, "results": SCRIPT["main"](command)}
     with (work_dir / "rows.jsonl").open("a", encoding="utf-8") as lines:
         lines.write(json.dumps(row) + "\n")
     return row

@@ -35,10 +35,7 @@ import torch
 from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification
 
-import hap_hf.cifar  # noqa: F401 (makes its architectures known to timm)
-from hap_hf import HapConfig, ModelSize, PruningPlan, apply_plan_, find_groups, make_plan, measure_size, score_groups
-from hap_hf.names.footprint import footprint, whole_footprint
-from hap_hf.names.plan import IMPLANT
+from hap_hf import Decision, HapConfig, ModelSize, carry_out_, decide, decide_again, measure_size
 
 logger = logging.getLogger("latency")
 
@@ -151,29 +148,31 @@ def make_versions(dense: nn.Module, batch: Batch, options: argparse.Namespace) -
     Returns:
         The versions, the dense one first.
     """
-    groups = find_groups(dense, batch)
-    config = HapConfig(target_macs=options.keep, round_to=options.round_to, method=options.method, progress=False)
-    scores = score_groups(dense, groups, [], config)
-    plans = {"pruned": make_plan(groups, scores, config)}
+    config = HapConfig(
+        target_macs=options.keep, round_to=options.round_to, method=options.method, recalibrate=False, progress=False
+    )
+    decisions = {"pruned": decide(config.evidence(dense, [batch]), config)}
     if options.implant_ratio > 0:
-        kept = footprint(plans["pruned"]).params / whole_footprint(groups).params
+        left = decisions["pruned"].expected
         implanting = dataclasses.replace(
-            config, target_macs=None, target_params=kept, implant_ratio=options.implant_ratio
+            config,
+            target_macs=None,
+            target_params=left.prunable_after.params / left.prunable_before.params,
+            implant_ratio=options.implant_ratio,
         )
-        plan = make_plan(groups, scores, implanting)
-        if _implanted(plan):  # hap_hf logs why there are none
-            plans["with implants"] = plan
+        decision = decide_again(decisions["pruned"], implanting)
+        if _implanted(decision):  # hap_hf logs why there are none
+            decisions["with implants"] = decision
     versions = [_version("dense", dense, 0.0, batch, options)]
-    for name, plan in plans.items():
+    for name, decision in decisions.items():
         model = copy.deepcopy(dense)
-        apply_plan_(model, plan)
-        versions.append(_version(name, model, _implanted(plan), batch, options))
+        carry_out_(model, decision)
+        versions.append(_version(name, model, _implanted(decision), batch, options))
     return versions
 
 
-def _implanted(plan: PruningPlan) -> float:
-    letters = "".join(group.actions for group in plan)
-    return letters.count(IMPLANT) / len(letters)
+def _implanted(decision: Decision) -> float:
+    return sum(plan.implanted for plan in decision.plan) / sum(plan.group.num_units for plan in decision.plan)
 
 
 def _version(name: str, model: nn.Module, implanted: float, batch: Batch, options: argparse.Namespace) -> Version:

@@ -1,27 +1,27 @@
 r"""How well and how fast the estimators of the trace score rank the units, on one fixed set of batches.
 
-A dense model is fine-tuned, or taken as it is (``--num_train_epochs 0`` or ``--epochs 0``). Each estimator scores the
-units of its groups on the same training batches, in a process of its own. The reference is the same trace, by as many
-probes, of another seed, as bring the median standard error of a score, relative to the score, below
-``--reference_error``. In networks that are piecewise linear in each weight, such as those with ReLU, ``--reference
-"ggn, exact"`` is the same trace without noise, as no diagonal entry of the Hessian differs from the Gauss-Newton
-matrix's; in others it is the trace of that matrix. Rank correlations are taken over all units, and over those of each
-kind; so is, over all, the share found of the reference's half of least sensitive units.
+A dense model is fine-tuned, or taken as it is (``--num_train_epochs 0``). Each estimator scores the units of its groups
+on the same training batches, in a process of its own. The reference is the same trace, by as many probes, of another
+seed, as bring the median standard error of a score, relative to the score, below ``--reference_error``. In networks
+that are piecewise linear in each weight, such as those with ReLU, ``--reference "ggn, exact"`` is the same trace
+without noise, as no diagonal entry of the Hessian differs from the Gauss-Newton matrix's; in others it is the trace of
+that matrix. Rank correlations are taken over all units, and over those of each kind; so is, over all, the share found
+of the reference's half of least sensitive units.
 
 Other libraries, where they are installed, compute the products of the same probes, and so do the library's own other
 ways to compute them; the last column says by how much their scores differ from those of ``hessian`` at most, relative
 to the largest of the same group. ``loop`` is what HAP's paper does: a dot product for each unit and probe in Python.
 
-All other flags are those of ``run_glue_hap.py``, or, with ``--images``, of ``run_cifar_hap.py``; ``--max_batches`` and
-the batch size say how much data there is. Rows are written to ``WORK_DIR/rows.jsonl`` as they are done, and are not
-made again; nor are parts of the reference.
+``--max_batches`` and the batch size say how much data there is. Rows are written to ``WORK_DIR/rows.jsonl`` as they are
+done, and are not made again; nor are parts of the reference.
 
     python examples/benchmarks/score_fidelity.py --work_dir runs/fidelity-mrpc --model_name_or_path ./my-bert \
-        --task_name mrpc --train_file mrpc_train.parquet --validation_file mrpc_validation.parquet \
-        --num_train_epochs 3 --learning_rate 5e-5 --max_batches 1
+        --train_file mrpc_train.parquet --validation_file mrpc_validation.parquet --num_train_epochs 3 \
+        --learning_rate 5e-5 --max_batches 1
 
-    python examples/benchmarks/score_fidelity.py --work_dir runs/fidelity-resnet20 --images --model cifar_resnet20 \
-        --weights resnet20.safetensors --dataset cifar10 --epochs 0 --max_batches 1
+    python examples/benchmarks/score_fidelity.py --work_dir runs/fidelity-resnet20 --images \
+        --model_name_or_path cifar_resnet20 --weights resnet20.safetensors --dataset_name cifar10 --num_train_epochs 0 \
+        --max_batches 1
 """
 
 import argparse
@@ -32,20 +32,17 @@ import shlex
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where the example scripts and their modules are
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-from subjects import glue_subject, image_subject
+from subjects import describe_flags, make_subject
 from trace_peers import PEERS, is_installed
 from trace_runs import ESTIMATORS, SPLIT, run_alone
 from trace_table import Reference, Row, to_markdown
 
-from hap_hf import HapConfig, find_groups
+from hap_hf import find_groups
 
 logger = logging.getLogger("score_fidelity")
 
@@ -90,10 +87,13 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
         words: The command line, without the program's name.
 
     Returns:
-        The settings; ``flags`` are those of the example script.
+        The settings; ``flags`` are those of the subject.
     """
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        description=__doc__,
+        epilog=describe_flags(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument("--work_dir", type=Path, required=True, help="folder for the dense model and the results")
     parser.add_argument("--estimators", nargs="+", default=list(ESTIMATORS), choices=list(ESTIMATORS))
@@ -106,9 +106,7 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--most_probes", type=int, default=4096, help="most probes of it")
     parser.add_argument("--seed", type=int, default=0, help="seed of fine-tuning and scores")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of an estimator")
-    parser.add_argument(
-        "--images", action="store_true", help="flags are those of run_cifar_hap.py, not run_glue_hap.py"
-    )
+    parser.add_argument("--images", action="store_true", help="the model classifies images, not texts")
     own, flags = parser.parse_known_args(words)
     own.flags = flags
     for name, least in (("probes", min(own.probes)), ("peer_probes", own.peer_probes)):
@@ -142,16 +140,15 @@ class Bench:
         self.rows: list[Row] = [json.loads(line) for line in lines]
 
     @cached_property
-    def material(self) -> tuple[Path, HapConfig]:
-        """The file that :func:`run_alone` reads, and the settings of the command line."""
+    def material(self) -> Path:
+        """The file that :func:`run_alone` reads."""
         own = self.own
-        make = image_subject if own.images else glue_subject
-        subject = make(own.flags, own.work_dir / f"dense-{own.seed}", own.seed)
+        subject = make_subject(own.flags, own.work_dir / f"dense-{own.seed}", own.seed, on_images=own.images)
         groups = find_groups(subject.model, subject.batches[0])
         self._keep({**self._about("units"), "groups": [[group.kind.value, group.num_units] for group in groups]})
         file = self.folder / "material.pt"
         torch.save((subject.model.eval(), groups, [dict(batch) for batch in subject.batches]), file)
-        return file, subject.config
+        return file
 
     def groups(self) -> list[tuple[str, int]]:
         """Return kind and number of units of each group."""
@@ -170,9 +167,9 @@ class Bench:
         """
         missing = [n for n in numbers if not self._found(name, seed=seed, num_probes=n)]
         if missing:
-            file, config = self.material
+            material = self.material
             try:
-                estimates = run_alone(file, replace(config, seed=seed), name, missing, self.own.threads)
+                estimates = run_alone(material, name, missing, seed=seed, threads=self.own.threads)
             except Exception as error:  # an estimator that fails is a result
                 logger.warning("%s failed: %s", name, error)
                 return [{"estimator": name, "failed": f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"}]

@@ -6,9 +6,9 @@ that the process had beyond its model, on the CPU the resident set, and ``times 
 of a training of the same batches with AdamW, in another process.
 
 Stages: a method's scores (``ggn``, ``mask_ggn``, ``mask_fisher``, ``hessian``, whose figures are those of a single
-probe, with ``--probes`` of them made), ``compensation``, which measures what layers read, and ``default``, which does
-all that ``hap_hf.prune`` does up to the plan: measure, and score in four passes. ``@bf16`` and ``@fp16`` score
-in that precision.
+probe, with ``--probes`` of them made), ``compensation``, which measures what layers read, and ``default``, which is all
+that ``hap_hf.prune`` does on the batches up to the plan: measure, and score in four passes. ``@bf16`` and ``@fp16``
+score in that precision.
 
     python examples/benchmarks/scoring_cost.py --shapes 2x128 6x384 12x768 --batches 1 2 4
 
@@ -25,16 +25,13 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
+from trace_runs import most_memory, reset_most_memory
 from transformers import BertConfig, BertForSequenceClassification
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-from trace_runs import most_memory, reset_most_memory
-
-from hap_hf import Compensation, HapConfig, find_groups, score_groups, score_in_passes
+from hap_hf import Compensation, Decision, HapConfig, decide, find_groups, known_criteria, score_groups
 
 Batch = Mapping[str, Tensor]
 STAGES = ["training", "ggn", "mask_ggn", "mask_fisher", "hessian", "compensation", "default"]
@@ -224,30 +221,31 @@ def stage_of(work: Work, model: BertForSequenceClassification) -> Callable[[Sequ
                 optimizer.step()
 
         return training
-    method = name if name not in {"compensation", "default"} else "mask_ggn"
+    criterion = known_criteria()[name if name not in {"compensation", "default"} else "mask_ggn"]
     config = HapConfig(
         prune_ratio=0.5,
-        method=method,
-        num_probes=work.probes,
+        method=criterion(**({"num_probes": work.probes} if name.startswith("hessian") else {})),
         precision=precision or "fp32",
         max_batches=None,
         progress=False,
     )
+    if name == "default":
+        return lambda batches: decide(config.evidence(model, batches), config)
     groups = find_groups(model, {"input_ids": torch.arange(1, 17, device=model.device).view(2, 8)})
     if name == "compensation":
-        return lambda batches: Compensation.measure(model, groups, batches, config)
-    if name == "default":
-        return lambda batches: score_in_passes(model, groups, batches, config)
-    return lambda batches: score_groups(model, groups, batches, config)
+        return lambda batches: Compensation.measure(config.evidence(model, batches), groups)
+    return lambda batches: score_groups(config.evidence(model, batches), groups, config)
 
 
 def _seconds(call: Callable[[Sequence[Batch]], object], batches: Sequence[Batch]) -> float:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     start = time.perf_counter()
-    call(batches)
+    found = call(batches)
     if torch.cuda.is_available():
         torch.cuda.synchronize()
+    if isinstance(found, Decision):  # discovery looks at the model, and takes as long however many batches there are
+        return found.seconds["measuring"] + found.seconds["scoring"]
     return time.perf_counter() - start
 
 

@@ -1,118 +1,152 @@
-"""What scores are compared on: a dense model, batches to score on, and its accuracy; text or images."""
+"""What scores are compared on: a dense classifier of texts or images, batches to score on, and its accuracy."""
 
-import copy
-import logging
-from collections.abc import Callable, Mapping, Sequence
+import argparse
+import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from glue.settings import parse as parse_glue
-from glue.stages import Material, fine_tune
-from images.settings import parse as parse_images
-from images.stages import ImageMaterial
-from run_cifar_hap import prepare as prepare_images
-from run_glue_hap import prepare as prepare_glue
+import torch
+from material import Batch, Material, MaterialArguments, images, texts
+from torch.utils.data import DataLoader
 from transformers import (
     AutoModelForImageClassification,
     AutoModelForSequenceClassification,
+    HfArgumentParser,
     PreTrainedModel,
+    Trainer,
     TrainingArguments,
     set_seed,
 )
 
-from hap_hf import HapConfig
-from hap_hf.trainer.scoring import scoring_batches
-
-logger = logging.getLogger("subjects")
-
-Batch = Mapping[str, Any]
+QUIET = {"save_strategy": "no", "report_to": "none", "disable_tqdm": True, "remove_unused_columns": False}
+CIFAR_RECIPE = {
+    "num_train_epochs": 20.0,
+    "per_device_train_batch_size": 128,
+    "per_device_eval_batch_size": 256,
+    "optim": "sgd",
+    "optim_args": "momentum=0.9",
+    "learning_rate": 0.1,
+    "lr_scheduler_type": "cosine",
+    "weight_decay": 1e-4,
+    "max_grad_norm": 0.0,
+}
+"""How image classifiers are trained where no flag says otherwise."""
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A model that is fine-tuned, and what it works on.
+    """A model that is trained, and what it works on.
 
     Args:
         model: The dense model.
-        config: Settings of the command line.
-        batches: Batches of training data to score on, as the callback takes them.
-        accuracy: Share of right answers of a model on the evaluation data.
+        batches: Batches of training data to score on, as the training sees them.
+        material: Where they come from.
+        args: The Trainer's arguments.
         on_images: Whether it is an image classifier of timm; else one of texts.
     """
 
     model: PreTrainedModel
-    config: HapConfig
     batches: Sequence[Batch]
-    accuracy: Callable[[PreTrainedModel], float]
+    material: Material
+    args: TrainingArguments
     on_images: bool
 
+    def accuracy(self, model: PreTrainedModel) -> float:
+        """Return the share of right answers of a model on the evaluation data.
 
-def glue_subject(flags: Sequence[str], folder: Path, seed: int) -> Subject:
-    """Fine-tune a text classifier, or read back the one of an earlier run.
+        Args:
+            model: The model; left as it is.
+
+        Returns:
+            The share.
+        """
+        material, was_training, right = self.material, model.training, 0
+        model.eval()
+        with torch.no_grad():
+            for batch in DataLoader(
+                material.evaluation, self.args.per_device_eval_batch_size, collate_fn=material.collate
+            ):
+                logits = model(**{name: value.to(model.device) for name, value in batch.items()}).logits
+                right += int((logits.argmax(-1).cpu() == batch["labels"]).sum())
+        model.train(was_training)
+        return right / len(material.evaluation)
+
+    def fine_tune_(self, model: PreTrainedModel, **changes: Any) -> None:
+        """Train a model in place.
+
+        Args:
+            model: The model.
+            **changes: Arguments of the Trainer that are others than those of the dense training.
+        """
+        fine_tune_(model, self.material, dataclasses.replace(self.args, **changes))
+
+
+def fine_tune_(model: PreTrainedModel, material: Material, args: TrainingArguments) -> None:
+    """Train a model in place.
 
     Args:
-        flags: Flags of ``run_glue_hap.py``; amounts and output folder are set here.
+        model: The model.
+        material: What it learns from.
+        args: The Trainer's arguments; nothing happens where they ask for no epochs.
+    """
+    if args.num_train_epochs > 0:
+        Trainer(model, args, train_dataset=material.train, data_collator=material.collate_training).train()
+        model.__dict__.pop("forward", None)  # accelerate leaves its autocast around it
+
+
+def describe_flags() -> str:
+    """Return what ``--help`` says of the flags that all benchmarks of a subject have in common."""
+    parser = HfArgumentParser([MaterialArguments], usage=argparse.SUPPRESS, add_help=False)
+    parser.add_argument("--max_batches", type=int, default=8, help="Batches to score on.")
+    return f"and all flags of transformers.TrainingArguments, and these:\n{parser.format_help()}"
+
+
+def parse(flags: Sequence[str], folder: Path, seed: int, *, on_images: bool) -> Any:
+    """Return the settings of a subject.
+
+    Args:
+        flags: Those of :func:`describe_flags` and of ``transformers.TrainingArguments``.
         folder: Where the dense model is kept.
-        seed: Seed of the fine-tuning and of the scores.
+        seed: Seed of the training and of the batches.
+        on_images: Whether it classifies images.
 
     Returns:
-        The subject.
+        Model and data, the Trainer's arguments, and the number of batches to score on.
     """
-    words = [*flags, "--do_train", "--do_eval", "--prune_ratio", "0.5", "--save_strategy", "no"]
-    model_args, data_args, pruning, args = parse_glue([*words, "--output_dir", str(folder), "--seed", str(seed)])
+    parser = HfArgumentParser([MaterialArguments, TrainingArguments], allow_abbrev=False)
+    parser.add_argument("--max_batches", type=int, default=8, help="Batches to score on.")
+    parser.set_defaults(**QUIET, **(CIFAR_RECIPE if on_images else {}))
+    words = [*flags, "--output_dir", str(folder), "--seed", str(seed)]
+    own, args, rest = parser.parse_args_into_dataclasses(words, look_for_args_file=False)
     args.dataloader_pin_memory &= args.device.type != "cpu"  # there it does nothing but warn
-    config = pruning.to_config(seed)
-    assert config is not None  # there is an amount
-    set_seed(seed)
-    model, material, _ = prepare_glue(model_args, data_args, args)
-    if not (folder / "config.json").is_file():
-        fine_tune(model, args, material)
-    model = AutoModelForSequenceClassification.from_pretrained(folder)
-    loader = material.trainer(model, args).get_train_dataloader()  # without the columns that the model does not take
-    batches = scoring_batches(loader.dataset, loader.collate_fn, args.per_device_train_batch_size, config)
-    return Subject(model, config, list(batches), lambda m: accuracy_of(m, material, args), on_images=False)
+    return own, args, rest.max_batches
 
 
-def image_subject(flags: Sequence[str], folder: Path, seed: int) -> Subject:
-    """Train an image classifier, or read back the one of an earlier run.
+def make_subject(flags: Sequence[str], folder: Path, seed: int, *, on_images: bool) -> Subject:
+    """Train a classifier, or read back the one of an earlier run.
 
     Args:
-        flags: Flags of ``run_cifar_hap.py``; amounts and output folder are set here.
+        flags: See :func:`parse`.
         folder: Where the dense model is kept.
-        seed: Seed of the training and of the scores.
+        seed: Seed of the training and of the batches.
+        on_images: Whether it classifies images.
 
     Returns:
         The subject.
     """
-    settings = parse_images([*flags, "--prune_ratio", "0.5", "--output_dir", str(folder), "--seed", str(seed)])
-    assert settings.config is not None  # there is an amount
+    own, args, max_batches = parse(flags, folder, seed, on_images=on_images)
     set_seed(seed)
-    model, material = prepare_images(settings)
-    args = settings.training.to_training_arguments(progress=False)
+    material = images(own) if on_images else texts(own)
     if not (folder / "config.json").is_file():
-        if settings.training.epochs > 0:
-            fine_tune(model, args, material)
-        else:
-            model.save_pretrained(folder)
-    model = AutoModelForImageClassification.from_pretrained(folder).to(args.device)
-    batches = scoring_batches(
-        material.images["train"], material.collate_training, settings.training.batch_size, settings.config
+        fine_tune_(material.model, material, args)
+        material.model.save_pretrained(folder)
+    kind = AutoModelForImageClassification if on_images else AutoModelForSequenceClassification
+    model = kind.from_pretrained(folder).to(args.device)
+    set_seed(seed)
+    loader = DataLoader(
+        material.train, args.per_device_train_batch_size, shuffle=True, collate_fn=material.collate_training
     )
-    return Subject(model, settings.config, list(batches), lambda m: accuracy_of(m, material, args), on_images=True)
-
-
-def accuracy_of(model: PreTrainedModel, material: Material | ImageMaterial, args: TrainingArguments) -> float:
-    """Return the share of right answers of a model on the evaluation data.
-
-    Args:
-        model: The model; left as it is.
-        material: What it works on.
-        args: The Trainer's arguments.
-
-    Returns:
-        The share.
-    """
-    # A Trainer leaves its autocast around the forward of a model, which must not reach the next stage.
-    trainer = material.trainer(copy.deepcopy(model), args)
-    return material.evaluate(trainer, "eval")["eval_accuracy"]
+    return Subject(model, [dict(batch) for batch in islice(loader, max_batches)], material, args, on_images)

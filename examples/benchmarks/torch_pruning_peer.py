@@ -9,8 +9,7 @@ from subjects import Subject
 from torch import nn
 from transformers import PreTrainedModel
 
-from hap_hf import Group, Kind
-from hap_hf.names.group import Role
+from hap_hf import Group, Kind, Role
 
 IMPORTANCES = {"tp_taylor": "GroupTaylorImportance", "tp_hessian": "GroupHessianImportance"}
 

@@ -3,10 +3,10 @@
 from argparse import Namespace
 from functools import partial
 
+import latency
 import pytest
 import timm
 import torch
-from benchmarks import latency
 from torch import nn
 from transformers import BertConfig
 

@@ -3,11 +3,11 @@
 import json
 from pathlib import Path
 
+import glue_table
 import numpy as np
 import pytest
-from benchmarks import glue_table
-from glue.tasks import TASKS
 from glue_data import PRUNE, build_model, logits_of, num_params, pairs, run, sentences, write
+from run_glue_hap import TASK_TO_LABELS
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +81,19 @@ def test_pruning_in_rounds_at_steps_is_measured_after_the_last_one(
     assert len(json.loads((tmp_path / "config.json").read_text())["quantization_config"]["plan"]["stages"]) == 2
 
 
+def test_a_training_that_was_interrupted_after_pruning_goes_on_to_the_same_end(
+    pruned: tuple[Path, dict[str, float]], mrpc: list[str], tmp_path: Path
+) -> None:
+    flags = [*mrpc, *PRUNE, "--num_train_epochs", "0", "--recovery_epochs", "2", "--do_train", "--do_eval"]
+    whole = run(pruned[0] / "dense", tmp_path / "whole", *flags, "--save_strategy", "epoch")
+    # Three steps an epoch, and the model is pruned before the first one.
+    checkpoint = str(tmp_path / "whole" / "checkpoint-3")
+    resumed = run(pruned[0] / "dense", tmp_path / "resumed", *flags, "--resume_from_checkpoint", checkpoint)
+    assert resumed["eval_loss"] == whole["eval_loss"] != whole["pruned_loss"]
+    assert resumed["pruned_params"] == whole["pruned_params"] < resumed["dense_params"]
+    assert "pruned_loss" not in resumed  # what was read has been trained since it was pruned
+
+
 def test_without_epochs_the_model_is_pruned_and_not_trained(
     pruned: tuple[Path, dict[str, float]], mrpc: list[str], tmp_path: Path
 ) -> None:
@@ -145,7 +158,7 @@ def test_predictions_are_written_with_the_names_of_the_labels(
     run(pruned[0], tmp_path / "out", "--task_name", "mrpc", "--test_file", test_file, "--do_predict")
     lines = (tmp_path / "out" / "predict_results_mrpc.txt").read_text().splitlines()
     numbers = logits_of(pruned[0], table["sentence1"], table["sentence2"]).argmax(-1)
-    expected = [f"{i}\t{TASKS['mrpc'].labels[n]}" for i, n in enumerate(numbers)]
+    expected = [f"{i}\t{TASK_TO_LABELS['mrpc'][n]}" for i, n in enumerate(numbers)]
     assert lines == ["index\tprediction", *expected]
 
 
@@ -207,5 +220,5 @@ def test_the_table_has_a_row_for_each_size_and_is_not_made_twice(
         assert (results["heads_implanted"] + results["ffn_implanted"] > 0) == (row is implanted)
         assert f"| {100 * results['eval_accuracy']:.1f} / {100 * results['eval_f1']:.1f} |" in text
 
-    monkeypatch.setattr(glue_table, "run_glue_hap", lambda command: pytest.fail(f"ran again: {command}"))
+    monkeypatch.setitem(glue_table.SCRIPT, "main", lambda command: pytest.fail(f"ran again: {command}"))
     assert glue_table.main(words) == text

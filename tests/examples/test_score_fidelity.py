@@ -2,20 +2,23 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import score_fidelity
 import torch
-from benchmarks import score_fidelity
+import trace_runs
 from glue_data import build_model, pairs, write
-from trace_peers import PEERS, by_peer
-from trace_runs import SPLIT, Estimate, by_probes
+from trace_peers import PEERS, OfPeer
+from trace_runs import ESTIMATORS, SPLIT, Estimate, estimate, run_alone
 from trace_table import Reference, half_found, largest_difference, to_markdown
 from transformers import AutoModelForSequenceClassification
 
-from hap_hf import HapConfig, Method, find_groups, score_groups
-from hap_hf.evidence.losses import model_loss
-from hap_hf.evidence.task import ScoringTask
+from hap_hf import Coupling, Evidence, Hessian, Hvp, ScoringTask, find_groups
+from hap_hf.criteria import UnitWeights
+from hap_hf.criteria.probes import Again, Probing, by_probes
+from hap_hf.curvature import LinearisedLosses
 
 
 @pytest.fixture(scope="module")
@@ -32,14 +35,11 @@ def task(tmp_path_factory: pytest.TempPathFactory) -> ScoringTask:
         }
         for size in (3, 1)
     ]
-    config = HapConfig(prune_ratio=0.5, method="hessian", num_probes=3, num_output_probes=None, progress=False)
-    return ScoringTask(model, find_groups(model, batches[0]), batches, config, model_loss)
+    return ScoringTask(Evidence.of(model, batches, progress=False), find_groups(model, batches[0]))
 
 
-def scores_of(task: ScoringTask, **settings: object) -> torch.Tensor:
-    config = HapConfig(**{**task.config.to_dict(), **settings})
-    sensitivity = score_groups(task.model, task.groups, task.batches, config).sensitivity
-    return torch.cat([sensitivity[group.name] for group in task.groups])
+def every(by_group: dict[str, torch.Tensor], task: ScoringTask) -> torch.Tensor:
+    return torch.cat([by_group[group.name] for group in task.groups])
 
 
 def fake(name: str, values: list[float], num_probes: int = 2, seconds: float = 1.0) -> score_fidelity.Row:
@@ -52,31 +52,36 @@ def cells_of(text: str) -> list[dict[str, str]]:
     return [dict(zip(head, line, strict=True)) for line in lines]
 
 
-@pytest.mark.parametrize("method", [Method.HESSIAN, Method.HESSIAN_SPLIT])
-def test_the_first_probes_of_a_long_run_are_the_scores_of_a_short_one(task: ScoringTask, method: Method) -> None:
-    few, more = by_probes(method, task, [5, 2])
-    assert (few.num_probes, more.num_probes) == (2, 5)
-    for estimate in (few, more):
-        expected = scores_of(task, method=method.value, num_probes=estimate.num_probes)
-        torch.testing.assert_close(torch.tensor(estimate.sensitivity, dtype=torch.float64), expected)
-    assert 0 < few.seconds < more.seconds
+def test_an_estimate_is_what_the_criterion_says(task: ScoringTask) -> None:
+    for name, number in (("ggn, exact", 0), ("hessian, finite_difference", 2)):
+        found, scores = estimate(name, number, task), ESTIMATORS[name](number).score(task)
+        expected = every(scores.sensitivity, task)
+        torch.testing.assert_close(torch.tensor(found.sensitivity, dtype=torch.float64), expected)
+        assert (found.num_probes, found.seconds > 0) == (number, True)
+    found, scores = estimate("hessian", 4, task), Hessian(num_probes=4).score(task)
+    torch.testing.assert_close(torch.tensor(found.error).double(), every(scores.standard_error, task))
 
 
-def test_its_errors_are_those_of_the_probes(task: ScoringTask) -> None:
-    (estimate,) = by_probes(Method.HESSIAN, task, [4])
-    config = HapConfig(**{**task.config.to_dict(), "num_probes": 4})
-    errors = score_groups(task.model, task.groups, task.batches, config).standard_error
-    expected = torch.cat([errors[group.name] for group in task.groups])
-    torch.testing.assert_close(torch.tensor(estimate.error, dtype=torch.float64), expected)
+def test_the_error_of_the_split_trace_is_that_of_the_probes_alone(task: ScoringTask) -> None:
+    found = torch.tensor(estimate(SPLIT, 3, task).error, dtype=torch.float64)
+    units = UnitWeights.of(task.evidence.model, task.groups)
+    rest = LinearisedLosses(task.evidence.model, Again(task.evidence.losses), units.tensors)
+    probing = Probing(num_probes=3, stop_share=None, hvp=Hvp.DOUBLE_BACKWARD, coupling=Coupling.SUM)
+    torch.testing.assert_close(found, by_probes(task, units, probing, rest, "").standard_error)
+    # With the spread over the samples it is larger.
+    assert (found < every(ESTIMATORS[SPLIT](3).score(task).standard_error, task)).all()
 
 
 @pytest.mark.parametrize("peer", sorted(PEERS))
 def test_a_peer_comes_to_the_scores_of_the_same_probes(task: ScoringTask, peer: str) -> None:
     if PEERS[peer][0]:
         pytest.importorskip(PEERS[peer][0])
-    torch.testing.assert_close(by_peer(peer, task), scores_of(task))
-    assert not torch.allclose(by_peer(peer, task), scores_of(task, seed=1))
-    assert all(p.grad is None for p in task.model.parameters())
+    other = replace(task, evidence=replace(task.evidence, seed=1))
+    expected, with_other_probes = (every(Hessian(num_probes=3).score(t).sensitivity, t) for t in (task, other))
+    found = every(OfPeer(peer=peer, num_probes=3).score(task).sensitivity, task)
+    torch.testing.assert_close(found, expected)
+    assert not torch.allclose(found, with_other_probes)
+    assert all(p.grad is None for p in task.evidence.model.parameters())
 
 
 def test_parts_of_a_reference_count_by_their_probes() -> None:
@@ -167,10 +172,17 @@ def test_a_run_is_measured_and_not_made_again(
     train, validation = write(pairs(), tmp_path / "train.csv"), write(pairs(8, seed=1), tmp_path / "validation.csv")
     words = ["--work_dir", str(tmp_path / "runs"), "--estimators", "hessian", "ggn", "loop", "PyHessian"]
     words += ["--probes", "2", "3", "--peer_probes", "2", "--reference_error", "1000"]
-    words += ["--model_name_or_path", str(model), "--task_name", "mrpc", "--train_file", str(train)]
-    words += ["--validation_file", str(validation), "--num_train_epochs", "0", "--max_batches", "2", "--disable_tqdm"]
-    words += ["true", "--cache_dir", str(tmp_path / "cache")]
+    words += ["--model_name_or_path", str(model), "--train_file", str(train), "--validation_file", str(validation)]
+    words += ["--num_train_epochs", "0", "--max_batches", "2", "--cache_dir", str(tmp_path / "cache")]
     monkeypatch.setattr(score_fidelity, "is_installed", lambda name: name == "loop")
+    monkeypatch.setattr(trace_runs, "_REPEATS", 1)
+
+    def run_here(material: Path, name: str, numbers: list[int], *, seed: int, threads: int) -> list[Estimate]:
+        if name == "ggn":  # in a process of its own, as all of them outside of this test
+            return run_alone(material, name, numbers, seed=seed, threads=threads)
+        return trace_runs.run(material, name, numbers, seed, threads)
+
+    monkeypatch.setattr(score_fidelity, "run_alone", run_here)
     text = score_fidelity.main(words)
     assert text in capsys.readouterr().out
     rows = cells_of(text)
@@ -190,12 +202,12 @@ def test_a_run_is_measured_and_not_made_again(
 
 
 def test_an_estimator_that_fails_says_so_and_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise RuntimeError("no rule\nand a long trace")
 
     monkeypatch.setattr(score_fidelity, "run_alone", fail)
     bench = score_fidelity.Bench(score_fidelity.parse(["--work_dir", str(tmp_path)]), tmp_path)
-    bench.material = (tmp_path / "material.pt", HapConfig(prune_ratio=0.5))
+    bench.material = tmp_path / "material.pt"
     assert bench.rows_of("ggn", [1], 0) == [{"estimator": "ggn", "failed": "RuntimeError: no rule"}]
     assert not bench.file.exists()
     with pytest.raises(RuntimeError, match="there is no reference"):

@@ -4,12 +4,15 @@ import json
 from pathlib import Path
 
 import pytest
-from benchmarks import score_quality
-from benchmarks.score_quality import main
-from glue_data import PRUNE, build_model, pairs, write
-from image_data import FEW
+import score_quality
+import torch
+from glue_data import build_model, pairs, write
+from score_quality import OfEachKind, config_of, main
+from scored_models import bert, text_batch
 
-TEXT = ["--per_device_train_batch_size", "4", "--num_train_epochs", "1", "--report_to", "none"]
+from hap_hf import Kind, Magnitude, ScoringTask, find_groups
+
+TEXT = ["--per_device_train_batch_size", "4", "--num_train_epochs", "1", "--max_batches", "2"]
 
 
 @pytest.fixture(scope="module")
@@ -17,14 +20,14 @@ def words(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """Return a command line for a tiny BERT on a few pairs, with the folder of its results."""
     folder = tmp_path_factory.mktemp("quality")
     train, validation = write(pairs(), folder / "train.csv"), write(pairs(10, seed=1), folder / "validation.csv")
-    files = ["--task_name", "mrpc", "--train_file", str(train), "--validation_file", str(validation)]
+    files = ["--train_file", str(train), "--validation_file", str(validation), "--cache_dir", str(folder / "cache")]
     model = ["--model_name_or_path", str(build_model(folder / "bert"))]
-    return ["--work_dir", str(folder / "work"), *model, *files, *TEXT, *PRUNE[2:], "--shares", "0.25", "0.5"]
+    return ["--work_dir", str(folder / "work"), *model, *files, *TEXT, "--shares", "0.25", "0.5"]
 
 
 @pytest.fixture(scope="module")
 def rows(words: list[str]) -> list[dict[str, object]]:
-    main([*words, "--criteria", "random", "mask_ggn@2", "ggn:joint", "--seeds", "0", "1"])
+    main([*words, "--criteria", "random", "mask_ggn@2", "ggn:joint+", "--seeds", "0", "1"])
     return [json.loads(line) for line in Path(words[1], "rows.jsonl").read_text().splitlines()]
 
 
@@ -37,13 +40,24 @@ def test_every_criterion_removes_the_same_share_of_each_kind(rows: list[dict[str
     assert dense > less > least
 
 
+def test_units_keep_their_order_and_are_spread_evenly_over_each_kind() -> None:
+    model = bert()
+    groups = find_groups(model, text_batch())
+    task = ScoringTask(config_of("magnitude", 0.5, 0).evidence(model, []), groups)
+    places, scores = OfEachKind(of=Magnitude()).score(task).sensitivity, Magnitude().score(task).sensitivity
+    for kind in (Kind.HEADS, Kind.FFN):
+        found, given = (torch.cat([of[g.name] for g in groups if g.kind is kind]) for of in (places, scores))
+        assert found.argsort().tolist() == given.argsort().tolist()
+        torch.testing.assert_close(found.sort().values, (torch.arange(len(found)).double() + 0.5) / len(found))
+
+
 def test_what_is_done_is_not_made_again(
     rows: list[dict[str, object]], words: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(score_quality, "measure", None)
-    text = main([*words, "--criteria", "mask_ggn@2", "--seeds", "0", "1"])
-    accuracy = [100 * r["results"]["accuracy"] for r in rows if r["criterion"] == "mask_ggn@2" and r["share"] == 0.25]
-    assert f"| mask_ggn@2 | {sum(accuracy) / 2:.1f} ± " in text
+    text = main([*words, "--criteria", "ggn:joint+", "--seeds", "0", "1"])
+    accuracy = [100 * r["results"]["accuracy"] for r in rows if r["criterion"] == "ggn:joint+" and r["share"] == 0.25]
+    assert f"| ggn:joint+ | {sum(accuracy) / 2:.1f} ± " in text
 
 
 def test_a_peer_that_fails_has_a_row_that_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -52,7 +66,8 @@ def test_a_peer_that_fails_has_a_row_that_says_so(tmp_path: Path, monkeypatch: p
 
     monkeypatch.setattr(score_quality, "prune_with_torch_pruning", fail)
     words = ["--images", "--work_dir", str(tmp_path), "--shares", "0.5", "--criteria", "magnitude", "tp_taylor"]
-    text = main([*words, "--dataset", "digits", "--epochs", "1", "--model", "cifar_resnet20", *FEW])
+    few = ["--max_train_samples", "64", "--max_eval_samples", "64", "--per_device_train_batch_size", "32"]
+    text = main([*words, *few, "--model_name_or_path", "test_resnet", "--num_train_epochs", "1", "--augment"])
     assert "| tp_taylor | fails |" in text
     lines = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
     assert lines[-1]["results"] == {"error": "RuntimeError: shapes do not match"}

@@ -1,17 +1,11 @@
 """The coverage table, on one small model."""
 
-import sys
 from pathlib import Path
 
-import pytest
-
-pytest.importorskip("timm")
-sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "benchmarks"))
+import timm_coverage
 
 
-def test_a_model_is_pruned_compared_and_reloaded_in_a_process_of_its_own(tmp_path):
-    import timm_coverage
-
+def test_a_model_is_pruned_compared_and_reloaded_in_a_process_of_its_own(tmp_path: Path) -> None:
     log = tmp_path / "log.jsonl"
     text = timm_coverage.main(["--models", "cifar_resnet20", "--log", str(log)])
     (row,) = [line for line in text.splitlines() if "cifar_resnet20" in line and line.startswith("|")]

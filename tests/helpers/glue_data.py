@@ -65,7 +65,7 @@ def run(model: Path, output: Path, *more: str) -> dict[str, float]:
     return run_glue_hap.main([*(word for name, value in common.items() for word in (f"--{name}", str(value))), *more])
 
 
-PRUNE = ["--target_params", "0.5", "--max_batches", "2", "--num_probes", "2", "--no_progress"]
+PRUNE = ["--target_params", "0.5", "--max_batches", "2", "--progress", "false"]
 
 
 def logits_of(folder: Path, *texts: list[str]) -> np.ndarray:

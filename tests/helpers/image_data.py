@@ -6,11 +6,10 @@ from typing import Any
 
 import numpy as np
 import PIL.Image
-import run_cifar_hap
+import run_image_hap
 import torch
-from images.data import load_images
-from images.samples import Images
-from images.settings import ImageArguments
+from datasets import Dataset
+from run_image_hap import DataTrainingArguments, load_images
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from transformers import AutoModelForImageClassification, ViTConfig, ViTForImageClassification
@@ -62,20 +61,28 @@ def build_vit(folder: Path, **config: Any) -> Path:
 
 
 def run(model: Path | str, output: Path, *more: str) -> dict[str, float]:
-    common = {"model": model, "output_dir": output, "epochs": 1, "finetune_epochs": 1, "cache_dir": output / "cache"}
+    """Run the example; two flags give one training, with more of them another model, data or stages."""
+    common = {"model_name_or_path": model, "output_dir": output, "cache_dir": output / "cache", "num_train_epochs": 1}
     words = [word for name, value in common.items() for word in (f"--{name}", str(value))]
-    return run_cifar_hap.main([*words, "--no_progress", *more])
+    return run_image_hap.main([*words, "--disable_tqdm", "true", *more])
 
 
-PRUNE = ["--target_params", "0.5", "--max_batches", "2", "--num_probes", "2"]
-FEW = ["--max_train_samples", "128", "--max_eval_samples", "64", "--batch_size", "32"]
-ADAMW = ["--optim", "adamw", "--learning_rate", "3e-3", "--finetune_learning_rate", "1e-3"]
+TRAIN = ["--do_train", "--do_eval"]
+PRUNE = ["--target_params", "0.5", "--max_batches", "2", "--recovery_epochs", "1", "--progress", "false"]
+FEW = ["--max_train_samples", "128", "--max_eval_samples", "64", "--per_device_train_batch_size", "32"]
+ADAMW = ["--optim", "adamw_torch", "--learning_rate", "3e-3"]
 
 
-def load(folder: Path | str, *, train: bool = True, size: int | None = None, **more: Any) -> dict[str, Images]:
+def load(folder: Path | str, *, train: bool = True, **more: Any) -> dict[str, Dataset]:
     """Return the images of a dataset; prepared data is kept beside a folder."""
     cache = str(Path(folder).parent / "cache") if Path(folder).exists() else None
-    return load_images(ImageArguments(dataset=str(folder), cache_dir=cache, **more), train=train, size=size)
+    wanted = ["train", "validation"] if train else ["validation"]
+    return load_images(DataTrainingArguments(dataset_name=str(folder), **more), wanted, cache_dir=cache)
+
+
+def pixels_of(images: Dataset) -> np.ndarray:
+    """Return bytes, ``[num_images, height, width, 3]``, or without the last dimension of grey images."""
+    return np.stack([np.asarray(image) for image in images["image"]])
 
 
 def num_params(folder: Path) -> int:

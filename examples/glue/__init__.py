@@ -1,1 +1,0 @@
-"""The parts of ``run_glue_hap.py``: command line, data, metrics and the stages of a run."""
