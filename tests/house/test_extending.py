@@ -158,11 +158,13 @@ class Attention(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.attn_head_num = 4
+        self.number_of_heads_here = 4
         self.q, self.k, self.v, self.o = (nn.Linear(8, 8) for _ in range(4))
 
     def forward(self, x):
-        q, k, v = (p(x).unflatten(-1, (self.attn_head_num, -1)).transpose(1, 2) for p in (self.q, self.k, self.v))
+        q, k, v = (
+            p(x).unflatten(-1, (self.number_of_heads_here, -1)).transpose(1, 2) for p in (self.q, self.k, self.v)
+        )
         return self.o(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
@@ -185,7 +187,7 @@ def test_a_head_count_of_another_name_is_registered():
     found = hap_hf.discover(model, batch)
     assert [g.kind.value for g in found.groups] == ["ffn"]
     assert [w.kind.value for w in found.left_whole if w.kind is not None] == ["heads"]
-    hap_hf.register_counter("attn_head_num")
+    hap_hf.register_counter("number_of_heads_here")
     assert sorted(g.kind.value for g in hap_hf.find_groups(model, batch)) == ["ffn", "heads"]
 
 
