@@ -11,18 +11,6 @@ from run_glue_hap import TASK_TO_LABELS
 
 
 @pytest.fixture(scope="module")
-def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build_model(tmp_path_factory.mktemp("models") / "bert")
-
-
-@pytest.fixture(scope="module")
-def mrpc(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    folder = tmp_path_factory.mktemp("mrpc")
-    train, validation = write(pairs(), folder / "train.csv"), write(pairs(10, seed=1), folder / "validation.csv")
-    return ["--task_name", "mrpc", "--train_file", str(train), "--validation_file", str(validation)]
-
-
-@pytest.fixture(scope="module")
 def pruned(model_dir: Path, mrpc: list[str], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, float]]:
     output = tmp_path_factory.mktemp("runs") / "pruned"
     return output, run(model_dir, output, *mrpc, *PRUNE, "--implant_ratio", "0.3", "--do_train", "--do_eval")

@@ -9,23 +9,11 @@ from typing import Any
 import evaluate
 import numpy as np
 import pytest
-from glue_data import PRUNE, build_model, pairs, run, write
+from glue_data import PRUNE, pairs, run, write
 from run_glue_hap import make_compute_metrics, parse
 from transformers import EvalPrediction
 
 from hap_hf import ConfigError, HapConfig, Hessian, known_criteria
-
-
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build_model(tmp_path_factory.mktemp("models") / "bert")
-
-
-@pytest.fixture(scope="module")
-def mrpc(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    folder = tmp_path_factory.mktemp("mrpc")
-    train, validation = write(pairs(), folder / "train.csv"), write(pairs(10, seed=1), folder / "validation.csv")
-    return ["--task_name", "mrpc", "--train_file", str(train), "--validation_file", str(validation)]
 
 
 def test_every_setting_is_a_flag_with_a_description(capsys: pytest.CaptureFixture[str]) -> None:
