@@ -4,16 +4,16 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from hap_hf.criteria.criterion import Criterion, ScoringTask, register_criterion
-from hap_hf.criteria.gradients import of_model, traces
+from hap_hf.criteria.gradients import OutputProbing, of_model, traces
 from hap_hf.criteria.scores import Scores
 from hap_hf.criteria.units import Coupling
 from hap_hf.curvature import squared
-from hap_hf.names.checks import at_least, member
+from hap_hf.names.checks import member
 
 
 @register_criterion
 @dataclass(frozen=True, kw_only=True)
-class GGN(Criterion):
+class GGN(OutputProbing, Criterion):
     r"""Score by the relative trace of the generalised Gauss-Newton matrix G, tr(G_uu) ||w_u||^2 / (2 n_u).
 
     HAP's formula with G for H. Near a minimum the two agree, but the trace of G is a plain sum of squared per-sample
@@ -28,19 +28,11 @@ class GGN(Criterion):
     coupling: Coupling = field(
         default=Coupling.SUM, metadata={"help": "How the slices of a unit are combined: joint, sum or filter."}
     )
-    num_output_probes: int | None = field(
-        default=1,
-        metadata={
-            "help": "Backward passes per batch, each from random signs at the model's outputs; None for as many as "
-            "there are outputs, which is exact."
-        },
-    )
 
     def __post_init__(self) -> None:
         """Check the settings."""
         object.__setattr__(self, "coupling", member(Coupling, "coupling", self.coupling))
-        if self.num_output_probes is not None:
-            at_least("num_output_probes", self.num_output_probes, 1)
+        super().__post_init__()
 
     def score(self, task: ScoringTask) -> Scores:
         """Return the scores; see the class."""

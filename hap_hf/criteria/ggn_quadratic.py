@@ -1,20 +1,19 @@
 """The curvature along a unit's own weights."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar
 
 from hap_hf.criteria.criterion import Criterion, ScoringTask, register_criterion
-from hap_hf.criteria.gradients import half_square, of_model
+from hap_hf.criteria.gradients import OutputProbing, half_square, of_model
 from hap_hf.criteria.scores import Scores
 from hap_hf.criteria.units import UnitWeights
 from hap_hf.curvature import times_weights
-from hap_hf.names.checks import at_least
 
 
 @register_criterion
 @dataclass(frozen=True, kw_only=True)
-class GGNQuadratic(Criterion):
+class GGNQuadratic(OutputProbing, Criterion):
     r"""Score by w_u^T G w_u / 2, the second-order loss increase of setting the unit's weights to zero.
 
     Without the assumption of ``ggn`` that curvature is the same in all directions inside a unit. With gradients
@@ -26,19 +25,6 @@ class GGNQuadratic(Criterion):
     """
 
     name: ClassVar[str] = "ggn_quadratic"
-
-    num_output_probes: int | None = field(
-        default=1,
-        metadata={
-            "help": "Backward passes per batch, each from random signs at the model's outputs; None for as many as "
-            "there are outputs, which is exact."
-        },
-    )
-
-    def __post_init__(self) -> None:
-        """Check the settings."""
-        if self.num_output_probes is not None:
-            at_least("num_output_probes", self.num_output_probes, 1)
 
     def score(self, task: ScoringTask) -> Scores:
         """Return the scores; see the class."""

@@ -1,5 +1,6 @@
 """What criteria share that take means over the gradients of single samples."""
 
+from dataclasses import dataclass, field
 from functools import partial
 
 from torch import Tensor
@@ -16,6 +17,25 @@ from hap_hf.curvature import (
     estimate_fisher,
     estimate_ggn,
 )
+from hap_hf.names.checks import at_least
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputProbing:
+    """The setting of :func:`of_model`, checked: a criterion that goes back from the outputs derives from it too."""
+
+    num_output_probes: int | None = field(
+        default=1,
+        metadata={
+            "help": "Backward passes per batch, each from random signs at the model's outputs; None for as many as "
+            "there are outputs, which is exact."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        """Check the setting."""
+        if self.num_output_probes is not None:
+            at_least("num_output_probes", self.num_output_probes, 1)
 
 
 def traces(task: ScoringTask, coupling: Coupling) -> tuple[UnitWeights, ReduceSamples]:

@@ -1,23 +1,23 @@
 """HAP's criterion with the Gauss-Newton matrix taken out of the Hessian, for less noise."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar
 
 from torch import Tensor
 
 from hap_hf.criteria.criterion import Criterion, ScoringTask, register_criterion
+from hap_hf.criteria.gradients import OutputProbing
 from hap_hf.criteria.probes import Again, Hvp, Probing, by_probes, check_attention, scores_of
 from hap_hf.criteria.scores import Scores
-from hap_hf.criteria.units import Coupling, UnitWeights, roles_of
+from hap_hf.criteria.units import UnitWeights, roles_of
 from hap_hf.curvature import LinearisedLosses, Wanted, estimate_ggn, rademacher, squared
-from hap_hf.names.checks import at_least
 
 
 @register_criterion
 @dataclass(frozen=True, kw_only=True)
-class HessianSplit(Criterion):
+class HessianSplit(OutputProbing, Probing, Criterion):
     r"""Score by the relative Hessian trace, as ``hessian``, with ``tr(H_uu) = tr(G_uu) + tr(R_uu)``.
 
     The first trace, of the generalised Gauss-Newton matrix, is a sum of squared per-sample gradients, and only the
@@ -35,45 +35,10 @@ class HessianSplit(Criterion):
 
     name: ClassVar[str] = "hessian_split"
 
-    num_probes: int = field(
-        default=8,
-        metadata={"help": "Hutchinson probes per batch, at least 2; the most of stop_share."},
-    )
-    stop_share: float | None = field(
-        default=None,
-        metadata={
-            "help": "Draw 4, 8, 16 and so on probes per batch until less than this share of the units lies within two "
-            "standard errors of the threshold; None for always num_probes."
-        },
-    )
-    hvp: Hvp = field(
-        default=Hvp.DOUBLE_BACKWARD,
-        metadata={
-            "help": "How products with the Hessian are computed: double_backward, forward_over_reverse or "
-            "finite_difference."
-        },
-    )
-    num_output_probes: int | None = field(
-        default=1,
-        metadata={
-            "help": "Backward passes per batch, each from random signs at the model's outputs; None for as many as "
-            "there are outputs, which is exact."
-        },
-    )
-    coupling: Coupling = field(
-        default=Coupling.SUM, metadata={"help": "How the slices of a unit are combined: joint, sum or filter."}
-    )
-
     def __post_init__(self) -> None:
         """Check the settings."""
-        probing = self._probing()
-        object.__setattr__(self, "hvp", probing.hvp)
-        object.__setattr__(self, "coupling", probing.coupling)
-        if self.num_output_probes is not None:
-            at_least("num_output_probes", self.num_output_probes, 1)
-
-    def _probing(self) -> Probing:
-        return Probing(num_probes=self.num_probes, stop_share=self.stop_share, hvp=self.hvp, coupling=self.coupling)
+        Probing.__post_init__(self)
+        OutputProbing.__post_init__(self)
 
     def score(self, task: ScoringTask) -> Scores:
         """Return the scores; see the class."""
@@ -102,6 +67,6 @@ class HessianSplit(Criterion):
             )
         # The Hessian of these losses is R. The trace of G goes along, as `stop_share` is about the sum of both.
         losses = LinearisedLosses(evidence.model, Again(evidence.losses), units.tensors, scale)
-        rest = by_probes(task, units, self._probing(), losses, "trace of the remainder", ggn.mean)
+        rest = by_probes(task, units, self, losses, "trace of the remainder", ggn.mean)
         error = (ggn.standard_error.square() + rest.standard_error.square()).sqrt()
         return scores_of(self.name, units, rest, ggn.mean + rest.trace, error)

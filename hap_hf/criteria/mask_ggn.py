@@ -1,20 +1,19 @@
 """Curvature along a mask on what is read of a unit: the default."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar
 
 from hap_hf.criteria.criterion import Criterion, ScoringTask, register_criterion
-from hap_hf.criteria.gradients import half_square, of_model
+from hap_hf.criteria.gradients import OutputProbing, half_square, of_model
 from hap_hf.criteria.scores import Scores
 from hap_hf.criteria.units import CONSUMING, UnitWeights
 from hap_hf.curvature import times_weights
-from hap_hf.names.checks import at_least
 
 
 @register_criterion
 @dataclass(frozen=True, kw_only=True)
-class MaskGGN(Criterion):
+class MaskGGN(OutputProbing, Criterion):
     r"""Score by the second-order loss increase of a mask m_u on what is read of unit u, ``d^2 L / dm_u^2 / 2``.
 
     Removing a unit and setting its mask from 1 to 0 are the same, so this is w_u^T G w_u / 2 with w_u the columns that
@@ -30,19 +29,6 @@ class MaskGGN(Criterion):
     passes: ClassVar[int] = 4
     per_cost: ClassVar[bool] = True
     compensates: ClassVar[bool] = True
-
-    num_output_probes: int | None = field(
-        default=1,
-        metadata={
-            "help": "Backward passes per batch, each from random signs at the model's outputs; None for as many as "
-            "there are outputs, which is exact."
-        },
-    )
-
-    def __post_init__(self) -> None:
-        """Check the settings."""
-        if self.num_output_probes is not None:
-            at_least("num_output_probes", self.num_output_probes, 1)
 
     def score(self, task: ScoringTask) -> Scores:
         """Return the scores; see the class."""

@@ -1,7 +1,7 @@
 """What the criteria share that draw probes of the Hessian."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import partial
 
@@ -45,20 +45,29 @@ class Hvp(StrEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class Probing:
-    """The settings of Hutchinson's estimator, checked.
+    """The settings of Hutchinson's estimator, checked: a criterion that draws probes derives from it too."""
 
-    Args:
-        num_probes: Probes per batch, at least 2 so that a standard error exists; the most of ``stop_share``.
-        stop_share: Draw 4, 8, 16 and so on probes per batch until less than this share of the units lies within two
-            standard errors of the threshold; None for always ``num_probes``.
-        hvp: How products with the Hessian are computed.
-        coupling: How the slices of a unit are combined.
-    """
-
-    num_probes: int
-    stop_share: float | None
-    hvp: Hvp
-    coupling: Coupling
+    num_probes: int = field(
+        default=8,
+        metadata={"help": "Hutchinson probes per batch, at least 2; the most of stop_share."},
+    )
+    stop_share: float | None = field(
+        default=None,
+        metadata={
+            "help": "Draw 4, 8, 16 and so on probes per batch until less than this share of the units lies within two "
+            "standard errors of the threshold; None for always num_probes."
+        },
+    )
+    hvp: Hvp = field(
+        default=Hvp.DOUBLE_BACKWARD,
+        metadata={
+            "help": "How products with the Hessian are computed: double_backward, forward_over_reverse or "
+            "finite_difference."
+        },
+    )
+    coupling: Coupling = field(
+        default=Coupling.SUM, metadata={"help": "How the slices of a unit are combined: joint, sum or filter."}
+    )
 
     def __post_init__(self) -> None:
         """Check the settings."""
