@@ -9,8 +9,8 @@ from torch import nn
 from torch.optim import Optimizer
 
 from hap_hf.checkpoint import check_recordable, record_plan
-from hap_hf.compensation import Compensation
 from hap_hf.config import HapConfig
+from hap_hf.curvature import Watchable
 from hap_hf.decision import Decision, stamps_of
 from hap_hf.discovery import Discovery, discover
 from hap_hf.errors import BatchError, ConfigError
@@ -26,7 +26,7 @@ from hap_hf.model.values import replace_values_
 from hap_hf.names.outcome import whole
 from hap_hf.names.plan import GroupPlan
 from hap_hf.report import Clock, PruningReport, measure_size
-from hap_hf.selection import Round, config_of_round, score_in_passes, select_groups
+from hap_hf.selection import Round, config_of_round, measure_and_score, score_in_passes, select_groups
 from hap_hf.selection.make import Choice, choose
 from hap_hf.surgery import (
     ImplantInit,
@@ -134,13 +134,14 @@ def decide(evidence: Evidence, config: HapConfig, place: Round | None = None) ->
     config = config_of_round(config, place, now)
     before = measure_size(model, evidence.example)
     clock.lap("discovery")
-    compensation = None
+    compensation, first, watchable = None, None, Watchable()
     # Before scoring: each pass silences the units of those before it, and what reads them makes up for it.
     if config.compensates:
-        num_output_probes = getattr(config.criterion, "num_output_probes", 1)
-        compensation = Compensation.measure(evidence, chosen, num_output_probes=num_output_probes)
+        compensation, first = measure_and_score(evidence, chosen, config, watchable)
         clock.lap("measuring")
-    scores = score_in_passes(evidence, found.groups, config, compensation=compensation)
+    scores = score_in_passes(
+        evidence, found.groups, config, compensation=compensation, first=first, watchable=watchable
+    )
     clock.lap("scoring")
     scored = stamps_of(model, dict.fromkeys(s.tensor for g in chosen for s in g.slices))
     draft = Decision(

@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -12,8 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from hap_hf.compensation.fit import Fit, fit_removed
-from hap_hf.compensation.moments import weighted_moments
+from hap_hf.compensation.moments import Moments, weighted_moments
 from hap_hf.compensation.readers import Reader, readers_of
+from hap_hf.criteria import Scores
+from hap_hf.curvature import InputListener
 from hap_hf.evidence.evidence import Evidence, mean_loss
 from hap_hf.evidence.memory import in_batches_that_fit
 from hap_hf.evidence.processes import ALONE, Processes
@@ -75,6 +77,40 @@ class Compensation:
         moments = in_batches_that_fit(
             partial(weighted_moments, paths=paths, num_output_probes=num_output_probes), evidence
         )
+        return cls._measured(evidence, readers, moments)
+
+    @classmethod
+    def while_scoring(
+        cls, evidence: Evidence, groups: Sequence[Group], score: Callable[[Evidence, InputListener], Scores]
+    ) -> tuple[Self, Scores]:
+        """Measure what :meth:`measure` does in the backward passes of scores, where their criterion allows it.
+
+        Args:
+            evidence: What to measure on; the model is left exactly as found.
+            groups: Groups whose units may go.
+            score: Scores on some evidence, and tells what layers read.
+
+        Returns:
+            What was measured, and the scores.
+        """
+        readers = readers_of(evidence.model, groups)
+        paths = [reader.path for reader in readers]
+
+        def both(fitting: Evidence) -> tuple[Scores, Moments]:
+            heard = Moments(paths, fitting.processes)
+            return score(fitting, heard), heard
+
+        scores, heard = in_batches_that_fit(both, evidence)
+        moments, num_batches = heard.total()
+        # Not told of all batches, as where each sample is differentiated alone.
+        complete = num_batches == scores.num_batches and all(m.isfinite().all() for m in moments.values())
+        if not complete:
+            return cls.measure(evidence, groups, num_output_probes=scores.num_probes or None), scores
+        return cls._measured(evidence, readers, moments), scores
+
+    @classmethod
+    def _measured(cls, evidence: Evidence, readers: Sequence[Reader], moments: Mapping[str, Tensor]) -> Self:
+        """Return the compensation, and say what it cannot do."""
         # [-1, -1] is the summed weight of the positions: zero where no sample of this half reaches the loss.
         halves_missing = [path for path, halves in moments.items() if not all(half[-1, -1] > 0 for half in halves)]
         if halves_missing:

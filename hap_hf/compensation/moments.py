@@ -2,17 +2,18 @@
 
 from collections.abc import Collection, Generator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from hap_hf.curvature import Directions, Forward, Wanted, accumulation_dtype, ggn_directions, squared
+from hap_hf.curvature import Directions, Forward, ReadInput, Wanted, accumulation_dtype, ggn_directions, squared
 from hap_hf.curvature.batch_loss import check_counts
 from hap_hf.curvature.hvp import listed
+from hap_hf.curvature.input_watch import branch
 from hap_hf.errors import CurvatureError
 from hap_hf.evidence.evidence import Evidence
+from hap_hf.evidence.processes import Processes
 from hap_hf.layers.projection import channel_dim, on_input
 
 
@@ -48,7 +49,7 @@ def weighted_moments(
     weights = {f"{path}.weight": model.get_submodule(path).get_parameter("weight") for path in paths}
     directions = ggn_directions(evidence.signs, num_output_probes)
     scale, seen, num_terms = evidence.loss_scale(weights), 0, 0
-    sums: dict[str, Tensor] = {}
+    moments = Moments(paths, evidence.processes)
     with evidence.ready(weights, "compensation", "batch") as tick:
         for index, batch in enumerate(evidence.samples()):
             seen, num_terms = seen + 1, num_terms + batch.num_terms
@@ -56,36 +57,57 @@ def weighted_moments(
                 with _watched(model, paths) as read:
                     forward = Forward(model, batch, Wanted(weights, {}, squared), index)
                 found, scale = _position_weights(forward, directions, read, scale)
-                # With one sample a batch, as language models are often fed, the batches take turns.
-                parity = evidence.processes.number(index) % 2 if batch.num_samples == 1 else 0
-                for r, w in zip(read, found, strict=True):
-                    _add(sums, r, w, batch.num_samples, parity)
+                moments.hear(index, batch.num_samples, read, found)
             tick()
     counts = evidence.processes.summed(
         "numbers of loss terms", {"counts": torch.tensor([seen, num_terms], device="cpu")}
     )
     check_counts(*counts["counts"].tolist())
-    return evidence.processes.summed("layer inputs", sums)
+    return moments.total()[0]
 
 
-@dataclass(frozen=True)
-class _Read:
-    """The input of one call of a layer, at its place in the graph."""
+class Moments:
+    """Adds up the moments of :func:`weighted_moments`, of inputs that it is told of.
 
-    path: str
-    x: Tensor
-    channels: int  # the dimension of x
+    Args:
+        paths: Names of the layers.
+        processes: The processes that measure together.
+    """
+
+    def __init__(self, paths: Collection[str], processes: Processes) -> None:
+        self.paths, self._processes = paths, processes
+        self._sums: dict[str, Tensor] = {}
+        self._num_batches = 0
+
+    def hear(self, index: int, num_samples: int, read: Sequence[ReadInput], weights: Sequence[Tensor]) -> None:
+        """Add what was read in one batch.
+
+        Args:
+            index: Index of the batch in the share of this process.
+            num_samples: Number of its samples.
+            read: The inputs, call by call.
+            weights: For each the weight of its positions, in its shape with one channel.
+        """
+        # With one sample a batch, as language models are often fed, the batches take turns.
+        parity = self._processes.number(index) % 2 if num_samples == 1 else 0
+        self._num_batches += 1
+        for r, w in zip(read, weights, strict=True):
+            _add(self._sums, r, w, num_samples, parity)
+
+    def total(self) -> tuple[dict[str, Tensor], int]:
+        """Return the sums over the batches of all processes by name of the layer, and the number of these batches."""
+        count = self._processes.summed("numbers of batches", {"batches": torch.tensor([self._num_batches])})
+        return dict(self._processes.summed("layer inputs", self._sums)), int(count["batches"])
 
 
 @contextmanager
-def _watched(model: nn.Module, paths: Collection[str]) -> Generator[list[_Read]]:
+def _watched(model: nn.Module, paths: Collection[str]) -> Generator[list[ReadInput]]:
     """Note what the layers read inside the block."""
-    seen: list[_Read] = []
+    seen: list[ReadInput] = []
 
     def note(path: str, x: Tensor) -> Tensor:
-        # A branch of its own, whose gradient is that of this layer alone, whoever else reads the same.
-        own = x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
-        seen.append(_Read(path, own, channel_dim(model.get_submodule(path))))
+        own = branch(x)
+        seen.append(ReadInput(path, own, channel_dim(model.get_submodule(path))))
         return own
 
     handles = [on_input(model.get_submodule(path), partial(note, path)) for path in paths]
@@ -97,7 +119,7 @@ def _watched(model: nn.Module, paths: Collection[str]) -> Generator[list[_Read]]
 
 
 def _position_weights(
-    forward: Forward, directions: Directions, read: Sequence[_Read], scale: float
+    forward: Forward, directions: Directions, read: Sequence[ReadInput], scale: float
 ) -> tuple[list[Tensor], float]:
     """Return the weight of each position of each input, and the loss scale that did not overflow.
 
@@ -121,7 +143,7 @@ def _position_weights(
             for total, r, grad in zip(found, read, grads, strict=True):
                 if grad is not None:
                     # Unscaled before it is squared, which would double the exponent of the scale.
-                    total += factor * (grad.to(total.dtype) / scale).square().sum(r.channels, keepdim=True)
+                    total += factor * r.weights(grad.to(total.dtype) / scale)
         if all(torch.isfinite(w).all() for w in found):
             return [w.detach() for w in found], scale
         if scale <= 1:
@@ -133,7 +155,7 @@ def _position_weights(
         scale = max(scale / 4, 1.0)
 
 
-def _add(sums: dict[str, Tensor], read: _Read, weights: Tensor, num_samples: int, parity: int) -> None:
+def _add(sums: dict[str, Tensor], read: ReadInput, weights: Tensor, num_samples: int, parity: int) -> None:
     """Add the moments of one call to those of even and of odd samples.
 
     Args:

@@ -2,10 +2,11 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, ClassVar, TypeVar
 
 from hap_hf.criteria.scores import Scores
+from hap_hf.curvature import InputListener, Watchable
 from hap_hf.errors import ConfigError
 from hap_hf.evidence.evidence import Evidence
 from hap_hf.names.amount import Amount
@@ -25,12 +26,16 @@ class ScoringTask:
         groups: Units to score.
         amount: How much will be cut, for criteria that stop once that is settled; None where it is not known.
         per: What sensitivities are divided by before units are compared; None where units are compared as they are.
+        watchable: What earlier scores of the same model on the same batches found out about its layers.
+        listener: Wants to be told what layers read, by criteria that have :attr:`Criterion.listened_to`.
     """
 
     evidence: Evidence
     groups: tuple[Group, ...]
     amount: Amount | None = None
     per: Currency | None = None
+    watchable: Watchable = field(default_factory=Watchable)
+    listener: InputListener | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +48,9 @@ class Criterion(ABC):
         per_cost: Whether units are ranked by sensitivity per cost where there is a budget, unless it says otherwise.
         compensates: Whether weights make up for units that go, unless it says otherwise.
         needs_batches: Whether the scores depend on batches, or on the weights alone.
+        listened_to: Whether compensation can be measured in the same backward passes, from the outputs by the model's
+            own prediction, of which there are ``num_output_probes`` for each batch: the criterion hands the task's
+            listener on.
     """
 
     name: ClassVar[str]
@@ -50,6 +58,7 @@ class Criterion(ABC):
     per_cost: ClassVar[bool] = False
     compensates: ClassVar[bool] = False
     needs_batches: ClassVar[bool] = True
+    listened_to: ClassVar[bool] = False
 
     @abstractmethod
     def score(self, task: ScoringTask) -> Scores:

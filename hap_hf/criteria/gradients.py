@@ -99,6 +99,8 @@ def of_model(
             loss_scale=evidence.loss_scale(units.tensors),
             on_batch=tick,
             total=evidence.total,
+            watchable=task.watchable,
+            listener=task.listener,
         )
     # None means from every output in turn, with nothing random: then there are no probes to count.
     return _scores(method, units, estimate, num_output_probes or 0)
@@ -129,6 +131,7 @@ def of_labels(
             loss_scale=evidence.loss_scale(units.tensors),
             on_batch=tick,
             total=evidence.total,
+            watchable=task.watchable,
         )
     return _scores(method, units, estimate, 0)
 

@@ -29,6 +29,7 @@ class MaskGGN(OutputProbing, Criterion):
     passes: ClassVar[int] = 4
     per_cost: ClassVar[bool] = True
     compensates: ClassVar[bool] = True
+    listened_to: ClassVar[bool] = True
 
     def score(self, task: ScoringTask) -> Scores:
         """Return the scores; see the class."""

@@ -7,17 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from hap_hf.curvature.batch_loss import Total, of_all_batches
-from hap_hf.curvature.layer_watch import Wanted
+from hap_hf.curvature.forward import Direction, Directions, Forward, SampleBatch
+from hap_hf.curvature.input_watch import InputListener
 from hap_hf.curvature.layers import NotPerSampleError
-from hap_hf.curvature.sample_means import (
-    Direction,
-    Directions,
-    Forward,
-    ReduceSamples,
-    SampleBatch,
-    SampleEstimate,
-    SampleMeans,
-)
+from hap_hf.curvature.marginals import Wanted
+from hap_hf.curvature.sample_means import ReduceSamples, SampleEstimate, SampleMeans, Watchable
 from hap_hf.errors import UnsupportedModelError
 
 SignSource = Callable[[Mapping[str, Tensor], int, int], Mapping[str, Tensor]]
@@ -38,6 +32,8 @@ def estimate_ggn(
     loss_scale: float = 1.0,
     on_batch: Callable[[], object] = lambda: None,
     total: Total = of_all_batches,
+    watchable: Watchable | None = None,
+    listener: InputListener | None = None,
 ) -> SampleEstimate:
     r"""Return a mean over gradients whose second moment is the generalised Gauss-Newton matrix (GGN).
 
@@ -80,6 +76,8 @@ def estimate_ggn(
             a result overflows, the scale is lowered for good and the same backward pass repeated.
         on_batch: Called after every batch.
         total: Makes sums over all batches out of those over ``batches``.
+        watchable: Whether samples have to be compared with the same samples alone, or were by an earlier estimate.
+        listener: Is told what layers read, of batches whose samples are differentiated together.
 
     Returns:
         The mean.
@@ -90,7 +88,8 @@ def estimate_ggn(
         UnsupportedModelError: If the loss is not computed from the model's outputs, or its Hessian is of unknown kind.
     """
     directions = ggn_directions(signs, num_probes)
-    return SampleMeans(model, wanted, reduce, directions, loss_scale).over(batches, on_batch, total)
+    means = SampleMeans(model, wanted, reduce, directions, loss_scale, watchable, listener)
+    return means.over(batches, on_batch, total)
 
 
 def ggn_directions(signs: SignSource, num_probes: int | None) -> Directions:
@@ -115,6 +114,7 @@ def estimate_fisher(
     loss_scale: float = 1.0,
     on_batch: Callable[[], object] = lambda: None,
     total: Total = of_all_batches,
+    watchable: Watchable | None = None,
 ) -> SampleEstimate:
     """Return a mean over the samples' own gradients, those of the sums of their loss terms.
 
@@ -132,6 +132,7 @@ def estimate_fisher(
         loss_scale: Scale of the gradients at first.
         on_batch: Called after every batch.
         total: Makes sums over all batches out of those over ``batches``.
+        watchable: As for :func:`estimate_ggn`.
 
     Returns:
         The mean.
@@ -140,7 +141,7 @@ def estimate_fisher(
         BatchError: If there are no batches, or no loss terms in them.
         CurvatureError: If a loss or a gradient is not finite, or the loss does not depend on the weights.
     """
-    return SampleMeans(model, wanted, reduce, _loss_gradient, loss_scale).over(batches, on_batch, total)
+    return SampleMeans(model, wanted, reduce, _loss_gradient, loss_scale, watchable).over(batches, on_batch, total)
 
 
 def _loss_gradient(forward: Forward) -> Iterator[Direction]:

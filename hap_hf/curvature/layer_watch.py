@@ -13,64 +13,20 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.utils.hooks import RemovableHandle
 
 from hap_hf.curvature.graph import not_a_view, reached_otherwise
-from hap_hf.curvature.hvp import accumulation_dtype, listed
+from hap_hf.curvature.hvp import listed
+from hap_hf.curvature.input_watch import InputCall, ReadInput, branch, read_by_mask
 from hap_hf.curvature.layers import MatrixCall, NotPerSampleError, multiplies_by_matrix
-from hap_hf.curvature.marginals import Statistic, chunks, marginals
+from hap_hf.curvature.marginals import Marginals, Wanted, chunks
 from hap_hf.curvature.replay import ReplayedCall
 from hap_hf.host import own_parameters
-
-Marginals = dict[tuple[str, int], Tensor]
-"""A statistic of each sample's gradient, by the name of the weight and one of its dimensions, ``[samples, size]``."""
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """What is asked of the gradients of samples.
-
-    Args:
-        tensors: The weights, by name.
-        dims: Dimensions of each weight along which sums are asked for, by name.
-        statistic: What is summed along all the other dimensions.
-    """
-
-    tensors: Mapping[str, Tensor]
-    dims: Mapping[str, Collection[int]]
-    statistic: Statistic
-
-    def of_gradients(self, name: str, gradients: Tensor) -> Marginals:
-        """Return what is asked for, from the gradients of one weight written out.
-
-        Args:
-            name: Name of the weight.
-            gradients: Its gradient for each sample, ``[samples, *shape]``.
-
-        Returns:
-            The sums.
-        """
-        found = marginals(gradients, self.tensors[name], self.dims[name], self.statistic)
-        return {(name, d): x for d, x in found.items()}
-
-    def zeros(self, num_samples: int) -> Marginals:
-        """Return what is asked for where nothing depends on the weights.
-
-        Args:
-            num_samples: Number of samples.
-
-        Returns:
-            Zeros.
-        """
-        return {
-            (name, d): torch.zeros(num_samples, t.shape[d], dtype=accumulation_dtype(t.dtype), device=t.device)
-            for name, t in self.tensors.items()
-            for d in self.dims[name]
-        }
+from hap_hf.layers.projection import channel_dim, on_input
 
 
 @dataclass(frozen=True)
 class _Seen:
     """A call of a module that owns some of the weights, and the edge of the graph at its output."""
 
-    call: MatrixCall | ReplayedCall
+    call: MatrixCall | ReplayedCall | InputCall
     attributes: Mapping[str, str]  # of the module, by the name of the weight
     output: GradientEdge
     output_shape: torch.Size
@@ -86,10 +42,14 @@ class LayerWatch:
     Args:
         model: The model, in which only the weights require gradients.
         wanted: The weights, and what is asked for.
+        listened: Names of projections whose inputs are remembered, with the gradients there.
     """
 
-    def __init__(self, model: nn.Module, wanted: Wanted) -> None:
+    def __init__(self, model: nn.Module, wanted: Wanted, listened: Collection[str] = ()) -> None:
         self.model, self.wanted = model, wanted
+        self._listened = {id(model.get_submodule(path)): path for path in listened}
+        self.read: list[ReadInput] = []  # by the listened layers since the recording began
+        self.read_weights: dict[int, Tensor] = {}  # at these inputs, from the last backward pass
         self._handles: list[RemovableHandle] = []
         self._calls: list[_Seen] = []
         self._obstacle: NotPerSampleError | None = None
@@ -101,8 +61,12 @@ class LayerWatch:
         names = {id(t): name for name, t in self.wanted.tensors.items()}
         for module in self.model.modules():
             attributes = {names[id(p)]: a for a, p in own_parameters(module).items() if id(p) in names}
+            masks = bool(attributes) and read_by_mask(module, attributes, self.wanted.dims, self.wanted.statistic)
+            if masks or id(module) in self._listened:
+                path, channels = self._listened.get(id(module)), channel_dim(module)
+                self._handles.append(on_input(module, partial(self._branch, path, channels)))
             if attributes:
-                hook = partial(self._record, attributes)
+                hook = partial(self._record, attributes, masks)
                 self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
         return self
 
@@ -111,6 +75,8 @@ class LayerWatch:
         for handle in self._handles:
             handle.remove()
         self._calls.clear()
+        self.read.clear()
+        self.read_weights.clear()
 
     @contextmanager
     def recording(self) -> Generator[None, None, None]:
@@ -119,14 +85,32 @@ class LayerWatch:
         Yields:
             Nothing; the calls are kept until the next recording.
         """
-        self._calls, self._obstacle, self._recording = [], None, True
+        self._calls, self._obstacle, self._recording, self.read = [], None, True, []
         try:
             yield
         finally:
             self._recording = False
 
+    def _branch(self, path: str | None, channels: int, x: Tensor) -> Tensor | None:
+        """Put a branch of its own in the place of what a layer reads."""
+        if not self._recording:
+            return None
+        own = branch(x)
+        if path is not None:
+            read, index = ReadInput(path, own, channels), len(self.read)
+            self.read.append(read)
+            register: Callable[[Callable[[Tensor], None]], object] = own.register_hook
+            register(lambda grad: self.read_weights.update({index: read.weights(grad)}))
+        return own
+
     def _record(
-        self, attributes: Mapping[str, str], module: nn.Module, args: tuple[Any, ...], kwargs: Any, output: Any
+        self,
+        attributes: Mapping[str, str],
+        masks: bool,
+        module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: Any,
+        output: Any,
     ) -> None:
         # Without a graph no path to the loss leads through this call.
         if not self._recording or (isinstance(output, Tensor) and not output.requires_grad):
@@ -134,8 +118,10 @@ class LayerWatch:
         try:
             if not isinstance(output, Tensor) or not output.dim():
                 raise NotPerSampleError(f"a {type(module).__name__} returned something else than one tensor of samples")
-            call: MatrixCall | ReplayedCall
-            if multiplies_by_matrix(module):
+            call: MatrixCall | ReplayedCall | InputCall
+            if masks:
+                call = InputCall(module, args[0] if args else next(iter(kwargs.values())))
+            elif multiplies_by_matrix(module):
                 call = MatrixCall(module, args[0] if args else next(iter(kwargs.values())))
             else:
                 call = ReplayedCall(module, args, kwargs)
@@ -143,11 +129,13 @@ class LayerWatch:
             self._obstacle = obstacle
             return
         # The edge and the hook stay with this value, also when an activation overwrites the tensor in place.
-        value = not_a_view(output) if isinstance(call, MatrixCall) else output
+        value = output if isinstance(call, ReplayedCall) else not_a_view(output)
         edge = get_gradient_edge(value)
         self._calls.append(_Seen(call, attributes, edge, output.shape, output.dtype))
-        register: Callable[[Callable[[Tensor], None]], object] = value.register_hook
-        register(partial(self._pass_on, len(self._calls) - 1))
+        hooked = call.x if isinstance(call, InputCall) else value
+        shape = hooked.shape if isinstance(call, InputCall) else output.shape
+        register: Callable[[Callable[[Tensor], None]], object] = hooked.register_hook
+        register(partial(self._pass_on, len(self._calls) - 1, shape))
 
     @property
     def tolerance(self) -> float:
@@ -155,10 +143,10 @@ class LayerWatch:
         half = any(s.output_dtype in {torch.float16, torch.bfloat16} for s in self._calls)
         return 0.1 if half else 1e-3
 
-    def _pass_on(self, index: int, grad: Tensor) -> None:
-        """Take the gradient of a recorded output, as autograd reaches it on its way to the sources."""
+    def _pass_on(self, index: int, shape: torch.Size, grad: Tensor) -> None:
+        """Take the gradient of a recorded output or input, as autograd reaches it on its way to the sources."""
         if self._on_gradient is not None:
-            self._on_gradient(index, grad.reshape(self._calls[index].output_shape))
+            self._on_gradient(index, grad.reshape(shape))
 
     def marginals(self, num_samples: int, targets: Sequence[Tensor], vectors: Sequence[Tensor]) -> Marginals:
         """Return the statistic of the gradient of ``sum_k <targets_k, vectors_k>`` for each sample.
@@ -190,18 +178,25 @@ class LayerWatch:
             )
         uses = Counter(name for seen in self._calls for name in seen.attributes)
         found = self.wanted.zeros(num_samples)
-        later: dict[int, Tensor] = {}  # by call; all other gradients are reduced at once and need not be kept
+        # With their calls; all other gradients are reduced at once and need not be kept.
+        later: dict[int, tuple[MatrixCall | ReplayedCall, Tensor]] = {}
+        masks: Marginals = {}
+        self.read_weights = {}
 
         def arrived(index: int, grad: Tensor) -> None:
             call, attributes = self._calls[index].call, self._calls[index].attributes
+            if isinstance(call, InputCall):  # linear in the gradient, so that uses add up
+                sums = call.products(grad, num_samples)
+                masks.update({(name, call.dim): masks.get((name, call.dim), 0) + sums for name in attributes})
+                return
             # A statistic need not be linear: (a + b)^2 is not a^2 + b^2, so gradients of several uses are added first.
             if isinstance(call, ReplayedCall) or any(uses[name] > 1 for name in attributes):
-                later[index] = grad
+                later[index] = call, grad
                 return
             for name, attribute in attributes.items():
                 dims, statistic = self.wanted.dims[name], self.wanted.statistic
-                sums = call.marginals(attribute, dims, grad, num_samples, statistic)
-                found.update({(name, d): x for d, x in sums.items()})
+                each = call.marginals(attribute, dims, grad, num_samples, statistic)
+                found.update({(name, d): x for d, x in each.items()})
 
         sources = self._sources()
         if sources:
@@ -212,7 +207,8 @@ class LayerWatch:
             finally:
                 self._on_gradient = None
         found.update(self._added_up(later, num_samples))
-        return found
+        # A weight may be read through its layer's input, and through the replayed call of another one.
+        return found | {key: found[key].to(sums) + sums for key, sums in masks.items()}
 
     def _sources(self) -> list[GradientEdge]:
         """Return where all backward paths through the recorded calls end: gradients asked for here pass all of them."""
@@ -237,7 +233,7 @@ class LayerWatch:
                 ahead.extend(following for following, _ in node.next_functions)
         return sources
 
-    def _added_up(self, grads: Mapping[int, Tensor], num_samples: int) -> Marginals:
+    def _added_up(self, grads: Mapping[int, tuple[MatrixCall | ReplayedCall, Tensor]], num_samples: int) -> Marginals:
         """Return what is asked for from gradients written out, added over the calls that use a weight."""
         users: dict[str, tuple[int, ...]] = {}
         for index in sorted(grads):
@@ -252,10 +248,8 @@ class LayerWatch:
             for samples in chunks(num_samples, size):
                 totals: list[Tensor] | None = None
                 for index in indices:
-                    call, attributes = self._calls[index].call, self._calls[index].attributes
-                    gradients = call.sample_gradients(
-                        [attributes[n] for n in names], grads[index], num_samples, samples
-                    )
+                    (call, grad), attributes = grads[index], self._calls[index].attributes
+                    gradients = call.sample_gradients([attributes[n] for n in names], grad, num_samples, samples)
                     # [samples, *shape] of each weight
                     totals = gradients if totals is None else [a + b for a, b in zip(totals, gradients, strict=True)]
                 for name, total in zip(names, totals or (), strict=True):

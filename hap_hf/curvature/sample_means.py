@@ -1,44 +1,27 @@
 """Means over samples of statistics of their gradients, with standard errors."""
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from itertools import islice
 
 import torch
 from torch import Tensor, nn
 
-from hap_hf.curvature.batch_loss import Total, check_counts, checked_loss
+from hap_hf.curvature.batch_loss import Total, check_counts
+from hap_hf.curvature.forward import Directions, Forward, SampleBatch
 from hap_hf.curvature.hvp import accumulation_dtype, listed
-from hap_hf.curvature.layer_watch import LayerWatch, Marginals, Wanted
+from hap_hf.curvature.input_watch import InputListener, ReadInput
+from hap_hf.curvature.layer_watch import LayerWatch
 from hap_hf.curvature.layers import NotPerSampleError
-from hap_hf.curvature.marginals import squared
-from hap_hf.curvature.output_root import OutputRoot, output_roots
-from hap_hf.curvature.outputs import last_before_loss, recorded_outputs
+from hap_hf.curvature.marginals import Marginals, Wanted, squared
 from hap_hf.errors import CurvatureError
 
 logger = logging.getLogger(__name__)
 
 ReduceSamples = Callable[[Marginals], Tensor]
 """Maps the statistics of each sample's gradient to a number for each sample and block, ``[samples, num_blocks]``."""
-
-
-@dataclass(frozen=True)
-class SampleBatch:
-    """A batch whose samples can be told apart.
-
-    Args:
-        loss: Runs the model on it and returns the mean of its loss terms. Called once.
-        num_terms: Number of these terms.
-        num_samples: Number of samples.
-        single: Returns the batch of one of its samples alone.
-    """
-
-    loss: Callable[[], Tensor]
-    num_terms: int
-    num_samples: int
-    single: Callable[[int], "SampleBatch"]
 
 
 @dataclass(frozen=True)
@@ -61,59 +44,19 @@ class SampleEstimate:
     num_samples: int
 
 
-class Forward:
-    """The loss of a batch, or of one sample alone, with its graph.
-
-    Args:
-        model: The model that the batch's loss runs.
-        batch: The batch, computed once here.
-        wanted: The weights that the loss depends on.
-        index: Index of the batch.
-        sample: Index of the sample; 0 for a whole batch.
-    """
-
-    def __init__(self, model: nn.Module, batch: SampleBatch, wanted: Wanted, index: int, sample: int = 0) -> None:
-        self.wanted, self.index, self.sample = wanted, index, sample
-        self.num_samples, self.num_terms = batch.num_samples, batch.num_terms
-        with recorded_outputs(model) as self._found, torch.enable_grad():
-            loss = checked_loss(batch.loss(), index)
-            # The sum of the terms: a sample's gradient then does not depend on how many others are in the batch.
-            self.loss = loss.to(accumulation_dtype(loss.dtype)) * self.num_terms
-
-    @cached_property
-    def outputs(self) -> list[Tensor]:
-        """The tensors that the loss is computed from."""
-        return last_before_loss(self.loss, self._found, self.wanted.tensors)
-
-    @cached_property
-    def roots(self) -> list[OutputRoot]:
-        """A root of the Hessian of the summed loss terms with respect to each of the outputs."""
-        with torch.enable_grad():
-            return list(output_roots(self.loss, {f"output {i}": z for i, z in enumerate(self.outputs)}).values())
-
-    def pulled_back(self, vectors: Sequence[Tensor] | None, scale: float) -> tuple[list[Tensor], list[Tensor]]:
-        """Return what a backward pass starts from.
-
-        Args:
-            vectors: A vector for each output; None for the gradient of the summed loss terms.
-            scale: Factor on the vectors.
-
-        Returns:
-            Tensors, and a vector for each.
-        """
-        if vectors is None:
-            return [self.loss], [torch.full_like(self.loss, scale)]
-        return self.outputs, [(scale * v).to(z.dtype).view(z.shape) for v, z in zip(vectors, self.outputs, strict=True)]
-
-
 _NUM_CHECKED = 4
 """Most samples of the first batch that are compared with the same samples alone."""
 
-Direction = tuple[float, list[Tensor] | None]
-"""A factor, and a vector for each output, or None for the gradient of the loss."""
 
-Directions = Callable[[Forward], Iterator[Direction]]
-"""Yields, for a forward pass, where the backward passes start."""
+@dataclass
+class Watchable:
+    """Whether the layers of a model tell samples apart, for all estimates on the same model and batches.
+
+    Args:
+        answer: None until it was checked.
+    """
+
+    answer: bool | None = None
 
 
 class SampleMeans:
@@ -125,6 +68,8 @@ class SampleMeans:
         reduce: Turns that into a number for each sample and block.
         directions: Yields, for a forward pass, where the backward passes start.
         loss_scale: Scale of the gradients at first.
+        watchable: What an estimate before this one found out.
+        listener: Is told what layers read, of batches whose samples are differentiated together.
     """
 
     def __init__(
@@ -134,11 +79,13 @@ class SampleMeans:
         reduce: ReduceSamples,
         directions: Directions,
         loss_scale: float,
+        watchable: Watchable | None = None,
+        listener: InputListener | None = None,
     ) -> None:
         self.model, self.wanted, self.reduce = model, wanted, reduce
         self.directions, self.scale = directions, loss_scale
         self.degree = 2 if wanted.statistic is squared else 1
-        self.watchable: bool | None = None  # whether the layers tell the samples apart; None until that was checked
+        self.watchable, self.listener = watchable or Watchable(), listener
 
     def over(self, batches: Iterable[SampleBatch], on_batch: Callable[[], object], total: Total) -> SampleEstimate:
         """Return the mean; see :func:`~hap_hf.curvature.ggn.estimate_ggn`.
@@ -174,27 +121,30 @@ class SampleMeans:
 
     def _values(self, batch: SampleBatch, index: int) -> Tensor:
         """Return the values of all samples of a batch, ``[samples, num_blocks]``, in the faster way that is right."""
-        if self.watchable is not False:
+        if self.watchable.answer is not False:
             try:
                 return self._together(batch, index)
             except NotPerSampleError as obstacle:
-                self.watchable = False  # for all batches to come, as the model is the same
+                self.watchable.answer = False  # for all batches to come, as the model is the same
                 logger.warning("every sample is differentiated alone, which is slow: %s", obstacle)
         return torch.cat(list(self._one_by_one(batch, index)))
 
     def _together(self, batch: SampleBatch, index: int) -> Tensor:
         """Return the values of all samples from the same backward passes."""
-        total = torch.zeros(())
-        with LayerWatch(self.model, self.wanted) as watch:
+        total, heard = torch.zeros(()), _Heard()
+        with LayerWatch(self.model, self.wanted, self.listener.paths if self.listener else ()) as watch:
             with watch.recording():
                 forward = Forward(self.model, batch, self.wanted, index)
             for factor, vectors in self.directions(forward):
                 sums, values = self._finite(forward, vectors, partial(watch.marginals, batch.num_samples))
                 # Once for each estimate, on the first direction: what is wrong with the layers is wrong with all.
-                if self.watchable is None:
+                if self.watchable.answer is None:
                     self._check(batch, forward, vectors, sums, watch.tolerance)
-                    self.watchable = True
+                    self.watchable.answer = True
                 total = total.to(values) + factor * values
+                heard.add(watch.read_weights, factor / self.scale**2)
+            if self.listener is not None:
+                self.listener.hear(index, batch.num_samples, watch.read, heard.of(watch.read))
         return total
 
     def _one_by_one(self, batch: SampleBatch, index: int) -> Iterator[Tensor]:
@@ -283,3 +233,21 @@ def _rows(vectors: Sequence[Tensor], n: int, num_samples: int, alone: Forward) -
     if sizes != [v.numel() for v in vectors]:
         raise NotPerSampleError("the model's outputs do not lie along a first dimension of samples")
     return [v.reshape(num_samples, -1)[n] for v in vectors]
+
+
+class _Heard:
+    """Weights of the positions of inputs, added up over backward passes."""
+
+    def __init__(self) -> None:
+        self._sums: dict[int, Tensor] = {}
+
+    def add(self, weights: Mapping[int, Tensor], factor: float) -> None:
+        """Add the weights of one backward pass, by index of the input."""
+        for index, w in weights.items():
+            self._sums[index] = self._sums[index] + factor * w if index in self._sums else factor * w
+
+    def of(self, read: Sequence[ReadInput]) -> list[Tensor]:
+        """Return the sums; zeros for inputs that no backward pass reached."""
+        return [
+            self._sums[i].detach() if i in self._sums else r.weights(torch.zeros_like(r.x)) for i, r in enumerate(read)
+        ]

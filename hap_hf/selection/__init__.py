@@ -1,7 +1,15 @@
 """Which units go: one ranking of all units, cut at a ratio or at a budget, in one round or several."""
 
 from hap_hf.selection.make import make_plan, select_groups
-from hap_hf.selection.passes import score_groups, score_in_passes
+from hap_hf.selection.passes import measure_and_score, score_groups, score_in_passes
 from hap_hf.selection.rounds import Round, config_of_round
 
-__all__ = ["Round", "config_of_round", "make_plan", "score_groups", "score_in_passes", "select_groups"]
+__all__ = [
+    "Round",
+    "config_of_round",
+    "make_plan",
+    "measure_and_score",
+    "score_groups",
+    "score_in_passes",
+    "select_groups",
+]

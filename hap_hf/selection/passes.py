@@ -11,6 +11,7 @@ import torch
 from hap_hf.compensation import Compensation
 from hap_hf.config import HapConfig
 from hap_hf.criteria import Scores, ScoringTask
+from hap_hf.curvature import InputListener, Watchable
 from hap_hf.evidence.evidence import Evidence
 from hap_hf.evidence.memory import in_batches_that_fit
 from hap_hf.model.masking import masked
@@ -22,8 +23,42 @@ from hap_hf.selection.make import choose, select_groups
 logger = logging.getLogger(__name__)
 
 
+def measure_and_score(
+    evidence: Evidence, groups: Sequence[Group], config: HapConfig, watchable: Watchable
+) -> tuple[Compensation, Scores | None]:
+    """Measure what compensation needs, in the backward passes of the first scores if the criterion has the same.
+
+    Args:
+        evidence: What to measure on.
+        groups: The groups that may go.
+        config: The criterion.
+        watchable: What is found out about the model's layers goes here.
+
+    Returns:
+        The compensation, and the scores of the first pass; None where they take passes of their own.
+    """
+    if not config.criterion.listened_to:
+        num_output_probes = getattr(config.criterion, "num_output_probes", 1)
+        return Compensation.measure(evidence, groups, num_output_probes=num_output_probes), None
+    evidence.check_made_with(config.precision, config.seed)
+    start = time.perf_counter()
+
+    def score(fitting: Evidence, listener: InputListener) -> Scores:
+        task = ScoringTask(fitting, tuple(groups), config.asked, config.per, watchable, listener)
+        return config.criterion.score(task)
+
+    compensation, scores = Compensation.while_scoring(evidence, groups, score)
+    return compensation, replace(scores, seconds=time.perf_counter() - start)
+
+
 def score_in_passes(
-    evidence: Evidence, groups: Sequence[Group], config: HapConfig, *, compensation: Compensation | None = None
+    evidence: Evidence,
+    groups: Sequence[Group],
+    config: HapConfig,
+    *,
+    compensation: Compensation | None = None,
+    first: Scores | None = None,
+    watchable: Watchable | None = None,
 ) -> Scores:
     """Score, silence the least sensitive units, and score the others anew, until the share that goes is reached.
 
@@ -41,6 +76,8 @@ def score_in_passes(
         groups: The groups of the model; those that ``config`` selects are scored.
         config: How much goes, in how many passes, and how to score.
         compensation: What makes up for the units that are gone; nothing by default.
+        first: The scores of the first pass, where they are known.
+        watchable: What was found out about the model's layers.
 
     Returns:
         The scores, each unit's from the pass in which it went, or from the last one. Times are added up.
@@ -51,7 +88,8 @@ def score_in_passes(
         UnsupportedModelError: If the groups do not fit the model.
     """
     chosen = select_groups(groups, config)
-    scores = score_groups(evidence, chosen, config)
+    watchable = watchable or Watchable()
+    scores = first or _scored(evidence, chosen, config, watchable)
     if not config.criterion.needs_batches:  # what looks at the weights alone would come out as before
         return scores
     silenced = partial(masked, evidence.model) if compensation is None else compensation.applied
@@ -64,7 +102,7 @@ def score_in_passes(
         gone = [(g.group, g.units(PRUNE)) for g in choice.stage]
         # Silenced units get a score in here, too, which means nothing: `_merged` keeps the one with which they went.
         with silenced(gone):
-            scores = _merged(scores, score_groups(evidence, chosen, config), choice.stage, number)
+            scores = _merged(scores, _scored(evidence, chosen, config, watchable), choice.stage, number)
     return scores
 
 
@@ -87,11 +125,15 @@ def score_groups(evidence: Evidence, groups: Sequence[Group], config: HapConfig)
         CurvatureError: If a loss or a derivative is not finite, or does not depend on the weights.
         UnsupportedModelError: If there are no groups, they do not fit the model, or the method does not fit the loss.
     """
+    return _scored(evidence, groups, config, Watchable())
+
+
+def _scored(evidence: Evidence, groups: Sequence[Group], config: HapConfig, watchable: Watchable) -> Scores:
     evidence.check_made_with(config.precision, config.seed)
     start = time.perf_counter()
 
     def score(fitting: Evidence) -> Scores:
-        return config.criterion.score(ScoringTask(fitting, tuple(groups), config.asked, config.per))
+        return config.criterion.score(ScoringTask(fitting, tuple(groups), config.asked, config.per, watchable))
 
     return replace(in_batches_that_fit(score, evidence), seconds=time.perf_counter() - start)
 

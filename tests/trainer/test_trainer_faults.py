@@ -88,7 +88,7 @@ def test_ctrl_c_after_any_stage_leaves_everything_as_it_was(tmp_path, stage):
     assert_usable(trainer, remember.before[3])
 
 
-@pytest.mark.parametrize("step", ["measure", "best_values"])
+@pytest.mark.parametrize("step", ["while_scoring", "best_values"])
 def test_ctrl_c_after_compensation_leaves_everything_as_it_was(tmp_path, step):
     trainer, remember = interrupted_training(tmp_path)
     interrupted = raising_after(getattr(Compensation, step), KeyboardInterrupt())
