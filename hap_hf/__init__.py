@@ -74,7 +74,7 @@ from hap_hf.surgery import (
     recalibrate_batch_norms_,
     train_only_implants_,
 )
-from hap_hf.trainer import HessianPruner
+from hap_hf.trainer import Distill, HessianPruner
 from hap_hf.version import __version__
 
 __all__ = [  # noqa: RUF022 (by stage, not by letter)
@@ -83,6 +83,8 @@ __all__ = [  # noqa: RUF022 (by stage, not by letter)
     "HapConfig",
     "HessianPruner",
     "prune",
+    # what helps a training to recover
+    "Distill",
     # its two halves
     "Evidence",
     "decide",

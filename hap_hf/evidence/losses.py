@@ -42,11 +42,22 @@ def batch_losses(
         with autocast():
             return loss_fn(model, batch)
 
-    # transformers, too, tells by the class's name which models compare token t with the logits of token t - 1
-    shifted = type(model).__name__.endswith(("ForCausalLM", "LMHeadModel"))
+    shifted = shifts_labels(model)
     for batch in batches:  # moved one by one, as all of them together need not fit on the device
         moved = move_to_model(model, batch)
         yield partial(loss_of, moved), count_loss_terms(moved, shifted=shifted)
+
+
+def shifts_labels(model: nn.Module) -> bool:
+    """Return whether a model compares token t with the logits of token t - 1.
+
+    Args:
+        model: Any model.
+
+    Returns:
+        True for causal language models, which transformers, too, tells by the class's name.
+    """
+    return type(model).__name__.endswith(("ForCausalLM", "LMHeadModel"))
 
 
 def model_loss(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:

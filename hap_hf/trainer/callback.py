@@ -188,6 +188,11 @@ class HessianPruner(TrainerCallback, ExportableState):
         self.reports, self._start = progress_from_dict(saved)
 
     @property
+    def began(self) -> bool:
+        """Whether anything was done to the model yet."""
+        return bool(self.reports)
+
+    @property
     def _done(self) -> int:
         return len(self.reports)
 
@@ -229,6 +234,9 @@ class HessianPruner(TrainerCallback, ExportableState):
         trainer = calling_trainer()
         place = Round(self._done + 1, self.num_rounds, self._start)
         model = kwargs["model"]
+        for callback in trainer.callback_handler.callbacks:
+            if hasattr(callback, "before_pruning"):
+                callback.before_pruning(trainer)
         with uncompiled(trainer), without_autocast(model), pruning_together(trainer, model) as processes:
             if self._batches is None:
                 loader = kwargs["train_dataloader"]

@@ -4,6 +4,7 @@ import copy
 import random
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from itertools import count, islice
 from typing import Any
 
@@ -19,6 +20,8 @@ from hap_hf.errors import BatchError, ConfigError
 from hap_hf.evidence.losses import LossFunction
 from hap_hf.evidence.processes import ALONE, Processes
 from hap_hf.trainer.host import forward_without_autocast
+
+_SCORING: ContextVar[bool] = ContextVar("scoring", default=False)
 
 
 @contextmanager
@@ -53,7 +56,7 @@ def trainer_loss(trainer: Trainer) -> LossFunction:
     own = trainer.compute_loss_func is not None or type(trainer).compute_loss is not Trainer.compute_loss
 
     def loss(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
-        with _one_process(trainer):
+        with _one_process(trainer), _scores():
             # Others take the mean themselves, which is the same but for rounding.
             items = trainer.get_batch_samples(iter([batch]), 1, trainer.args.device)[1] if own else None
             # compute_loss takes the labels out of the mapping it is given.
@@ -61,6 +64,20 @@ def trainer_loss(trainer: Trainer) -> LossFunction:
         return value[0] if isinstance(value, tuple) else value
 
     return loss
+
+
+@contextmanager
+def _scores() -> Generator[None]:
+    token = _SCORING.set(True)
+    try:
+        yield
+    finally:
+        _SCORING.reset(token)
+
+
+def is_scoring() -> bool:
+    """Return whether the loss that is being computed is one to score units with."""
+    return _SCORING.get()
 
 
 @contextmanager

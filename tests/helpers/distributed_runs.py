@@ -29,6 +29,7 @@ from transformers import Trainer, TrainingArguments
 import hap_hf.decision
 import hap_hf.pipeline
 from hap_hf import (
+    Distill,
     HapConfig,
     HessianPruner,
     apply_plan_,
@@ -56,6 +57,7 @@ TRAININGS = {
         "ddp_static_graph": True,
     },
     "stream of samples": {"pruner": {"step": 1}, "data": lambda: Stream(), "max_steps": 3},
+    "distilled": {"pruner": {"step": 1}, "helpers": lambda: [Distill(hidden=0.5)], "max_steps": 3},
 }
 """Trainings that must end alike in one process and in two."""
 
@@ -135,7 +137,7 @@ def settings(*, method="hessian", num_probes=2, **changes):
     })
 
 
-def make_trainer(model, pruner, world, *, data=None, batches_a_step=2, **arguments):
+def make_trainer(model, pruner, world, *, data=None, batches_a_step=2, helpers=(), **arguments):
     """Return a Trainer that sees the same samples in each step, whatever the number of processes."""
     args = TrainingArguments(**{
         "output_dir": tempfile.mkdtemp(),
@@ -153,7 +155,9 @@ def make_trainer(model, pruner, world, *, data=None, batches_a_step=2, **argumen
         "seed": 1,
         **arguments,
     })
-    return Trainer(model, args, train_dataset=data or text_samples(), callbacks=[pruner] if pruner else [])
+    return Trainer(
+        model, args, train_dataset=data or text_samples(), callbacks=[*([pruner] if pruner else []), *helpers]
+    )
 
 
 def outcome(model):
@@ -169,7 +173,8 @@ def outcome(model):
 def training(name, rank, world):
     run = dict(TRAININGS[name])
     pruner = HessianPruner(settings(**run.pop("config", {})), **run.pop("pruner"))
-    trainer = make_trainer(text_model(), pruner, world, data=run.pop("data", text_samples)(), **run)
+    data, helpers = run.pop("data", text_samples)(), run.pop("helpers", list)()
+    trainer = make_trainer(text_model(), pruner, world, data=data, helpers=helpers, **run)
     trainer.train()
     return {"threshold": pruner.reports[-1].threshold, **outcome(trainer.model)}
 
