@@ -15,7 +15,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from hap_hf import Criterion, HapConfig, HessianPruner, known_criteria
+from hap_hf import Criterion, Distill, GrowingReg, HapConfig, HessianPruner, known_criteria
 from hap_hf.names.group import Kind
 
 PAGE = Path(__file__).with_name("settings.md")
@@ -136,25 +136,34 @@ def arguments_of(thing: type) -> dict[str, str]:
     return {name: re.sub(r":\w+:`~?([^`]*)`", r"`\1`", text.replace("``", "`")) for name, text in found}
 
 
-def pruner_table() -> str:
-    """Return a table of the arguments of the callback."""
-    parameters = inspect.signature(HessianPruner.__init__).parameters
-    said = arguments_of(HessianPruner)
+def arguments_table(thing: type) -> str:
+    """Return a table of the arguments of a callback."""
+    parameters, said = inspect.signature(thing.__init__).parameters, arguments_of(thing)
     rows = [
         (f"`{n}`", "" if p.default is inspect.Parameter.empty else code(p.default), cell(said[n]))
         for n, p in parameters.items()
         if n != "self"
     ]
+    return table(rows, "argument", "default", "what it means")
+
+
+def callback_tables() -> str:
+    """Return tables of the arguments of the callbacks."""
+    growing = [(f"`{f.name}`", code(f.default), cell(f.metadata["help"])) for f in dataclasses.fields(GrowingReg)]
     return (
         "\n## The callback\n\n"
         "`HessianPruner(config, ...)` prunes once, before the first step, unless `step` or `epoch` say otherwise.\n"
-        "[In the Trainer](in-the-trainer.md) has examples.\n\n" + table(rows, "argument", "default", "what it means")
+        f"[In the Trainer](in-the-trainer.md) has examples.\n\n{arguments_table(HessianPruner)}"
+        "\n## What helps to recover\n\n"
+        "[Recovering](recovering.md) says how to use them. `regularise=GrowingReg(...)`:\n\n"
+        f"{table(growing, 'setting', 'default', 'what it means')}"
+        f"\n`Distill(...)`:\n\n{arguments_table(Distill)}"
     )
 
 
 def page() -> str:
     """Return the whole page."""
-    return HEAD + sections() + pruner_table() + criteria_tables()
+    return HEAD + sections() + callback_tables() + criteria_tables()
 
 
 if __name__ == "__main__":

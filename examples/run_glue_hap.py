@@ -7,8 +7,8 @@ This is transformers' ``run_glue.py``, section by section and flag by flag, with
    pruned afterwards). ``--num_train_epochs 0`` leaves this out, for a model that is fine-tuned already.
 2. With an amount (``--prune_ratio``, ``--target_params`` or ``--target_macs``) a second training follows, of
    ``--recovery_epochs`` epochs, in which ``HessianPruner`` prunes the model: before the first step, or after
-   ``--prune_step`` steps or ``--prune_epoch`` epochs, in ``--num_rounds`` rounds. Without an amount this is plain
-   fine-tuning.
+   ``--prune_step`` steps or ``--prune_epoch`` epochs, in ``--num_rounds`` rounds. ``--distill``, ``--grow`` and
+   ``--rounds`` help it to recover. Without an amount this is plain fine-tuning.
 3. ``--do_eval`` evaluates the dense model, the pruned model before and after recovery, and, as ``eval_*``, the model
    that ``AutoModelForSequenceClassification.from_pretrained`` reads back from ``OUTPUT_DIR``.
 4. ``--do_predict`` writes predictions for the test data.
@@ -56,7 +56,7 @@ from transformers import (
     set_seed,
 )
 
-from hap_hf import HapConfig, HessianPruner, Kind, measure_size
+from hap_hf import Distill, GrowingReg, HapConfig, HessianPruner, Kind, measure_size
 from hap_hf.arguments import config_of, pruning_arguments
 
 logger = logging.getLogger("run_glue_hap")
@@ -177,6 +177,15 @@ class PruningArguments(pruning_arguments("seed")):  # TrainingArguments has a se
     prune_epoch: int | None = flag("Prune after so many epochs of it.")
     num_rounds: int = flag("Prune in so many rounds, the amount rising to its target, each scored anew.", 1)
     round_interval: int = flag("Steps (with prune_step) or epochs between rounds.", 1)
+    rounds: int | None = flag(
+        "In place of these four: so many rounds over the first half of the recovery, most in the first ones; in the "
+        "second half the structure stays."
+    )
+    grow: int | None = flag(
+        "Let units shrink before they are cut: 1 chooses them first, 2 by what shrinking all reveals (GReg-1, GReg-2). "
+        "The cut comes after half of the recovery where nothing else says when."
+    )
+    distill: bool = flag("Learn from the dense model as well as from the labels.", False)
     recovery_epochs: float = flag("Epochs of the training in which the model is pruned; 0: prune only.", 1.0)
     recovery_learning_rate: float | None = flag("Its learning rate; learning_rate by default.")
 
@@ -184,6 +193,26 @@ class PruningArguments(pruning_arguments("seed")):  # TrainingArguments has a se
         """Check the values."""
         if self.recovery_epochs < 0:
             raise ValueError(f"--recovery_epochs must not be negative, got {self.recovery_epochs}")
+        if (self.rounds or self.grow or self.distill) and not self.recovery_epochs:
+            raise ValueError("--rounds, --grow and --distill take place in the recovery, got --recovery_epochs 0")
+        if self.rounds and (self.prune_step, self.prune_epoch, self.num_rounds) != (None, None, 1):
+            raise ValueError("--rounds says when to prune, so leave out --prune_step, --prune_epoch and --num_rounds")
+        if self.grow and self.prune_epoch is not None:
+            raise ValueError("--grow needs a cut that is counted in steps: pass --prune_step, --rounds or neither")
+
+    @property
+    def timing(self) -> dict[str, Any]:
+        """Return when and how the callback prunes."""
+        if self.rounds:
+            share = 0.5 / self.rounds
+            result = {"step": share, "interval": share, "num_rounds": self.rounds, "ramp": "cubic"}
+        else:
+            step = 0.5 if self.grow and self.prune_step is None else self.prune_step
+            result = {"step": step, "epoch": self.prune_epoch, "num_rounds": self.num_rounds}
+            result["interval"] = self.round_interval
+        if self.grow:
+            result["regularise"] = GrowingReg(variant=self.grow, steps=result["step"])
+        return result
 
 
 class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
@@ -574,15 +603,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
             max_steps=-1,
             learning_rate=rate if rate is not None else training_args.learning_rate,
         )
-        pruner = HessianPruner(
-            config,
-            step=pruning_args.prune_step,
-            epoch=pruning_args.prune_epoch,
-            num_rounds=pruning_args.num_rounds,
-            interval=pruning_args.round_interval,
-        )
+        pruner = HessianPruner(config, **pruning_args.timing)
         after = AfterPruning(pruner, lambda: results.update(metrics_of(trainer, "pruned")))
-        trainer = trainer_of(args, [pruner, after])
+        trainer = trainer_of(args, [pruner, *([Distill()] if pruning_args.distill else []), after])
         results |= metrics_of(trainer, "dense") | size_of(trainer, "dense")
         outcome = trainer.train(resume_from_checkpoint=None if fine_tunes else training_args.resume_from_checkpoint)
         results["recovery_runtime"] = outcome.metrics["train_runtime"]

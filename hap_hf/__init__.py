@@ -74,7 +74,7 @@ from hap_hf.surgery import (
     recalibrate_batch_norms_,
     train_only_implants_,
 )
-from hap_hf.trainer import Distill, HessianPruner
+from hap_hf.trainer import Distill, GrowingReg, HessianPruner
 from hap_hf.version import __version__
 
 __all__ = [  # noqa: RUF022 (by stage, not by letter)
@@ -85,6 +85,7 @@ __all__ = [  # noqa: RUF022 (by stage, not by letter)
     "prune",
     # what helps a training to recover
     "Distill",
+    "GrowingReg",
     # its two halves
     "Evidence",
     "decide",

@@ -9,6 +9,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from hap_hf.checkpoint import check_recordable, record_plan
+from hap_hf.compensation import Compensation
 from hap_hf.config import HapConfig
 from hap_hf.curvature import Watchable
 from hap_hf.decision import Decision, stamps_of
@@ -24,8 +25,8 @@ from hap_hf.model.rollback import undone_on_error
 from hap_hf.model.stale import note_replaced
 from hap_hf.model.values import replace_values_
 from hap_hf.names.outcome import whole
-from hap_hf.names.plan import GroupPlan
-from hap_hf.report import Clock, PruningReport, measure_size
+from hap_hf.names.plan import GroupPlan, PruningPlan
+from hap_hf.report import Clock, ModelSize, PruningReport, measure_size
 from hap_hf.selection import Round, config_of_round, measure_and_score, score_in_passes, select_groups
 from hap_hf.selection.make import Choice, choose
 from hap_hf.surgery import (
@@ -38,7 +39,7 @@ from hap_hf.surgery import (
 
 logger = logging.getLogger(__name__)
 
-_NOT_IN_STEP = "load the same checkpoint in every process, and let nothing but the Trainer change its weights"
+NOT_IN_STEP = "load the same checkpoint in every process, and let nothing but the Trainer change its weights"
 _NOT_ALIKE = "start every process with the same script, settings and data, on machines of the same kind"
 
 
@@ -123,7 +124,7 @@ def decide(evidence: Evidence, config: HapConfig, place: Round | None = None) ->
     model, processes, place, clock = evidence.model, evidence.processes, place or Round(), Clock()
     check_bare(model)
     check_recordable(model)
-    processes.check_same_tensors("weights before pruning", dict(model.named_parameters()), _NOT_IN_STEP)
+    processes.check_same_tensors("weights before pruning", dict(model.named_parameters()), NOT_IN_STEP)
     found = discover(model, evidence.example)
     processes.check_same("groups", {g.name: g for g in found.groups}, _NOT_ALIKE)
     _warn_of_missing_kinds(found, config)
@@ -205,14 +206,30 @@ def carry_out_(model: nn.Module, decision: Decision, *, optimizer: Optimizer | N
 
 def _carried_out(model: nn.Module, decision: Decision, optimizer: Optimizer | None) -> PruningReport:
     """Cut the model as decided; whoever calls this puts everything back if it fails."""
-    evidence, config, clock = decision.evidence, decision.config, Clock(decision.seconds)
-    processes = evidence.processes
+    evidence, clock = replace(decision.evidence, model=model), Clock(decision.seconds)
     decision.check_fits(model)
     check_recordable(model, decision.plan)
+    after = cut_(evidence, decision.config, decision.plan, decision.values, decision.moments, optimizer, clock)
+    report = decision.report(after, clock.seconds)
+    record_plan(model, decision.plan)  # comes last: with nothing behind it that could fail, it need not be undone
+    return report
+
+
+def cut_(
+    evidence: Evidence,
+    config: HapConfig,
+    plan: PruningPlan,
+    values: Mapping[str, Any],
+    moments: Mapping[str, Any],
+    optimizer: Optimizer | None,
+    clock: Clock,
+) -> ModelSize:
+    """Cut the model and return its size; its plan is not recorded, and whoever calls this undoes it if it fails."""
+    model, processes = evidence.model, evidence.processes
     # Before surgery: these values have the shapes of the dense model and are cut with everything else.
-    changes: tuple[TensorChange, ...] = replace_values_(model, decision.values)
+    changes: tuple[TensorChange, ...] = replace_values_(model, values)
     note_replaced(changes)
-    changes += apply_plan_(model, decision.plan, init=config.implant_init, input_moments=decision.moments)
+    changes += apply_plan_(model, plan, init=config.implant_init, input_moments=moments)
     # The same decomposition may differ in its last bits from one machine to the next.
     processes.adopt_first_("implants", [c.new for c in changes if c.old is None])
     if optimizer is not None:
@@ -221,32 +238,20 @@ def _carried_out(model: nn.Module, decision: Decision, optimizer: Optimizer | No
     if config.recalibrate:
         _recalibrate(model, evidence.batches, processes)
         clock.lap("recalibration")
-    report = decision.report(measure_size(model, evidence.example), clock.seconds)
+    size = measure_size(model, evidence.example)
     processes.check_same_tensors("weights after pruning", dict(model.named_parameters()), _NOT_ALIKE)
-    record_plan(model, decision.plan)  # comes last: with nothing behind it that could fail, it need not be undone
-    return report
+    return size
 
 
 def _with_choice(draft: Decision, config: HapConfig, clock: Clock) -> Decision:
     """Return the decision with what follows from its scores."""
-    evidence = draft.evidence
-    choice = choose(draft.discovery.groups, draft.scores, config)
+    evidence, choice = draft.evidence, choose(draft.discovery.groups, draft.scores, config)
     if isinstance(choice, str):
         raise ConfigError(choice)
     choice.log()
     evidence.processes.check_same("plan", _plain(choice, draft.place), _NOT_ALIKE)
     clock.lap("selection")
-    # Silent implants are not fitted, and need no second moments.
-    implanted = {t for g in choice.stage if g.implanted for t in g.ranks}
-    wanted = implanted if config.implant_init is ImplantInit.SVD else set()
-    moments: Mapping[str, Any] = {}
-    if wanted:
-        moments = collect_input_moments(evidence.model, wanted, evidence.batches, processes=evidence.processes)
-    clock.lap("calibration")
-    values: Mapping[str, Any] = {}
-    if config.compensates and draft.compensation is not None:
-        values = draft.compensation.best_values(choice.stage, evidence)
-        clock.lap("compensation")
+    moments, values = around_cut(evidence, config, choice.stage, draft.compensation, clock)
     return replace(
         draft,
         stage=choice.stage,
@@ -256,6 +261,22 @@ def _with_choice(draft: Decision, config: HapConfig, clock: Clock) -> Decision:
         stamps=stamps_of(evidence.model, values),
         seconds={**draft.seconds, **clock.seconds},
     )
+
+
+def around_cut(
+    evidence: Evidence, config: HapConfig, stage: Sequence[GroupPlan], compensation: Compensation | None, clock: Clock
+) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+    """Return what implants are fitted with, if they are not silent, and the weights that make up for what goes."""
+    implanted = {t for g in stage if g.implanted for t in g.ranks}
+    wanted = implanted if config.implant_init is ImplantInit.SVD else set()
+    model, batches, processes = evidence.model, evidence.batches, evidence.processes
+    moments = collect_input_moments(model, wanted, batches, processes=processes) if wanted else {}
+    clock.lap("calibration")
+    values: Mapping[str, Any] = {}
+    if config.compensates and compensation is not None:
+        values = compensation.best_values(stage, evidence)
+        clock.lap("compensation")
+    return moments, values
 
 
 def _plain(choice: Choice, place: Round) -> dict[str, Any]:

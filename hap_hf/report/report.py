@@ -79,6 +79,8 @@ class PruningReport:
         left_whole: What could not be removed, and why.
         seconds: Wall-clock time of each step.
         plan: The plan that was applied.
+        loss_before: Loss on the batches right before the cut, where units were shrunk first.
+        loss_after: Loss on them right after it.
     """
 
     groups: tuple[GroupReport, ...]
@@ -93,6 +95,8 @@ class PruningReport:
     left_whole: tuple[LeftWhole, ...] = ()
     seconds: Mapping[str, float] = field(default_factory=dict)
     plan: PruningPlan = field(default=PruningPlan(()), repr=False)
+    loss_before: float | None = None
+    loss_after: float | None = None
 
     @property
     def uncertain_units(self) -> int | None:
@@ -160,6 +164,8 @@ class PruningReport:
                 plan=PruningPlan.from_dict(values["plan"]) if "plan" in values else PruningPlan(()),
                 **{n: values[n] for n in ("threshold", "negative_share")},
                 **{n: values.get(n, "") for n in ("asked", "method")},
+                loss_before=values.get("loss_before"),
+                loss_after=values.get("loss_after"),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise ConfigError(
@@ -190,6 +196,8 @@ class PruningReport:
             "prune_threshold": self.threshold,
             "prune_uncertain_units": self.uncertain_units,
             "prune_negative_share": self.negative_share,
+            "prune_loss_before": self.loss_before,
+            "prune_loss_after": self.loss_after,
             "prune_seconds": sum(self.seconds.values()),
         }
         for kind in Kind:
@@ -249,6 +257,8 @@ class PruningReport:
             facts.append(("within two standard errors of the threshold", f"{self.uncertain_units:,} units"))
         if self.negative_share is not None:
             facts.append(("negative sensitivities", f"{self.negative_share:.1%}"))
+        if self.loss_before is not None and self.loss_after is not None:
+            facts.append(("loss right before and after the cut", f"{self.loss_before:.4g}, {self.loss_after:.4g}"))
         facts += [("left whole", str(entry)) for entry in self.left_whole]
         facts.append(("seconds", ", ".join(f"{name} {value:.1f}" for name, value in self.seconds.items())))
         return [(name, text) for name, text in facts if text]

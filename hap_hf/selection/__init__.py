@@ -2,9 +2,10 @@
 
 from hap_hf.selection.make import make_plan, select_groups
 from hap_hf.selection.passes import measure_and_score, score_groups, score_in_passes
-from hap_hf.selection.rounds import Round, config_of_round
+from hap_hf.selection.rounds import Ramp, Round, config_of_round
 
 __all__ = [
+    "Ramp",
     "Round",
     "config_of_round",
     "make_plan",

@@ -1,6 +1,8 @@
 """What a checkpoint keeps of the rounds done, so that a resumed training goes on with the next one."""
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -8,9 +10,11 @@ from transformers import Trainer, TrainerCallback, TrainerState
 
 from hap_hf.checkpoint import plan_of
 from hap_hf.checkpoint.record import check_described
-from hap_hf.errors import PlanMismatchError
+from hap_hf.errors import ConfigError, PlanMismatchError
 from hap_hf.names.plan import PruningPlan
 from hap_hf.report import PruningReport
+
+logger = logging.getLogger(__name__)
 
 
 def progress_to_dict(reports: Iterable[PruningReport], start: float | None) -> dict[str, Any]:
@@ -121,3 +125,38 @@ def is_described(model: nn.Module, plan: PruningPlan) -> bool:
     except PlanMismatchError:
         return False
     return True
+
+
+def check_given(before: Iterable[str], now: Iterable[str]) -> None:
+    """Check that rounds go on with what no checkpoint carries.
+
+    Args:
+        before: What the rounds so far were done with, of ``batches`` and ``loss_fn``.
+        now: What there is now.
+
+    Raises:
+        ConfigError: If something is missing.
+    """
+    lost = sorted(set(before) - set(now))
+    if lost:
+        raise ConfigError(
+            f"the rounds so far were done with {' and '.join(lost)}, which no checkpoint carries: pass the same to "
+            "HessianPruner again, and leave restore_callback_states_from_checkpoint at False, as it would make a "
+            "callback without; HessianPruner goes on where it was anyway"
+        )
+
+
+def write_report(report: PruningReport, folder: Path, number: int | None) -> None:
+    """Write the report of a round.
+
+    Args:
+        report: The report.
+        folder: The Trainer's output folder.
+        number: Number of the round, under which it is written once more; None with one round.
+    """
+    try:
+        report.save(folder)
+        if number is not None:
+            report.save(folder / f"pruning_round_{number}")
+    except OSError as error:  # a full disk must not cost the training, and the log and checkpoints have it all
+        logger.warning("the pruning report could not be written to %s: %s; it is in reports", folder, error)

@@ -41,6 +41,18 @@ def test_the_reloaded_model_is_the_one_that_was_trained(pruned: tuple[Path, dict
     assert results["recovered_loss"] != results["pruned_loss"]
 
 
+def test_what_helps_to_recover_is_a_flag_each(
+    pruned: tuple[Path, dict[str, float]], mrpc: list[str], tmp_path: Path
+) -> None:
+    flags = [*mrpc, *PRUNE, "--do_train", "--do_eval", "--num_train_epochs", "0", "--recovery_epochs", "4"]
+    again = run(pruned[0] / "dense", tmp_path, *flags, "--rounds", "2", "--grow", "1", "--distill")
+    report = json.loads((tmp_path / "pruning_round_2" / "pruning_report.json").read_text())
+    assert report["loss_before"] is not None
+    assert abs(report["loss_after"] - report["loss_before"]) < 0.1
+    assert report["provenance"][0]["round"] == 2
+    assert again["recovered_loss"] == again["eval_loss"]
+
+
 def test_a_fine_tuned_model_is_pruned_without_being_fine_tuned_again(
     pruned: tuple[Path, dict[str, float]], mrpc: list[str], tmp_path: Path
 ) -> None:

@@ -26,6 +26,7 @@ LAYERS = [
     {"decision"},
     {"checkpoint"},
     {"pipeline"},
+    {"planned"},
     {"trainer"},
     {"__init__"},
 ]

@@ -224,7 +224,7 @@ def test_checkpoints_saved_after_pruning_reload(tmp_path):
     ("arguments", "message"),
     [
         ({"step": 2, "epoch": 1}, "at most one of step and epoch"),
-        ({"step": 0}, "step must be an integer of at least 1, got 0"),
+        ({"step": 0}, "step must be an integer of at least 1, or a share of the training in .*, got 0"),
         ({"epoch": True}, "epoch must be an integer"),
         ({"num_rounds": 0}, "num_rounds must be"),
         ({"interval": 1.5}, "interval must be"),
