@@ -1,6 +1,6 @@
 """Convolutions of one, two and three dimensions, and timm's that pad as TensorFlow does."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import ClassVar, cast
 
 from torch import Tensor, nn
@@ -8,6 +8,8 @@ from torch.nn import functional
 
 from hap_hf.layers.implant_conv import ImplantConv2d, padding_sides, patch_moment, pointwise_rows
 from hap_hf.layers.kind import LayerKind, register_layer
+
+_CONVOLUTIONS = {1: functional.conv1d, 2: functional.conv2d, 3: functional.conv3d}
 
 
 class Convolution(LayerKind):
@@ -30,6 +32,20 @@ class Convolution(LayerKind):
     def takes_constant(self, module: nn.Module) -> bool:
         """Return whether there is a bias and a kernel of one tap: others read zeros, no constant, beyond the image."""
         return super().takes_constant(module) and module.get_parameter("weight").shape[2:].numel() == 1
+
+    def takes_weights(self, module: nn.Module) -> bool:
+        """Return whether the padding is known: of zeros, or in two dimensions."""
+        return self.fixed and (self.spatial_dims == 2 or cast(nn.Conv2d, module).padding_mode == "zeros")
+
+    def forward_with(
+        self, module: nn.Module, x: Tensor, weights: Mapping[str, Tensor], inner: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        """Return the output with another kernel."""
+        conv, padding = cast(nn.Conv2d, module), cast(nn.Conv2d, module).padding
+        if conv.padding_mode != "zeros":
+            x, padding = functional.pad(x, padding_sides(conv), mode=conv.padding_mode), (0, 0)
+        convolve: Callable[..., Tensor] = _CONVOLUTIONS[self.spatial_dims]
+        return convolve(x, weights["weight"], conv.bias, conv.stride, padding, conv.dilation, conv.groups)
 
     def knows_rows(self, module: nn.Module) -> bool:
         """Return False: only two dimensions can be unfolded."""
@@ -109,6 +125,15 @@ class Conv2dSame(Conv2d):
             total = max((out - 1) * s + (k - 1) * d + 1 - size, 0)
             pads = [total // 2, total - total // 2, *pads]  # functional.pad begins with the last dimension
         return functional.pad(x, pads)
+
+    def forward_with(
+        self, module: nn.Module, x: Tensor, weights: Mapping[str, Tensor], inner: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        """Return the output with another kernel."""
+        conv = cast(nn.Conv2d, module)
+        sizes = [-(-size // stride) for size, stride in zip(x.shape[-2:], conv.stride, strict=True)]
+        x = self._padded(conv, x, sizes)
+        return functional.conv2d(x, weights["weight"], conv.bias, conv.stride, 0, conv.dilation, conv.groups)
 
     def takes_implant(self, module: nn.Module) -> bool:
         """Return False: the implant would have to pad by the size of its input, too."""

@@ -124,26 +124,39 @@ class ImplantConv2d(nn.Module):
         Returns:
             Output, ``[N, out_channels, H', W']`` or ``[out_channels, H', W']``.
         """
+        return self.product(x, self.weight, self.implant_pointwise)
+
+    def product(self, x: Tensor, weight: Tensor, pointwise: Tensor) -> Tensor:
+        """Return the layer's output with some weights in the place of its own.
+
+        Args:
+            x: Input, ``[N, in_channels, H, W]`` or ``[in_channels, H, W]``.
+            weight: In the place of ``weight``.
+            pointwise: In the place of ``implant_pointwise``.
+
+        Returns:
+            Output, ``[N, out_channels, H', W']`` or ``[out_channels, H', W']``.
+        """
         # torch refuses convolutions without output channels, so an empty part is not computed.
-        if not self.weight.shape[0]:
-            out = self._implanted(x)
-        elif not self.implant_pointwise.shape[0]:
-            out = self._kept(x)
+        if not weight.shape[0]:
+            out = self._implanted(x, pointwise)
+        elif not pointwise.shape[0]:
+            out = self._kept(x, weight)
         else:
             # Parts side by side, as in ImplantLinear.
-            kept = torch.split(self._kept(x), [k for k, _ in self.segments], dim=-3)
-            implanted = torch.split(self._implanted(x), [i for _, i in self.segments], dim=-3)
+            kept = torch.split(self._kept(x, weight), [k for k, _ in self.segments], dim=-3)
+            implanted = torch.split(self._implanted(x, pointwise), [i for _, i in self.segments], dim=-3)
             out = torch.cat([part for pair in zip(kept, implanted, strict=True) for part in pair], dim=-3)
         # Under autocast a bias of its own dtype would raise the output to that dtype.
         return out if self.bias is None else out + self.bias.to(out.dtype).view(-1, 1, 1)
 
-    def _kept(self, x: Tensor) -> Tensor:
+    def _kept(self, x: Tensor, weight: Tensor) -> Tensor:
         if self.padding_mode == "zeros":
-            return functional.conv2d(x, self.weight, None, self.stride, self.padding, self.dilation)
+            return functional.conv2d(x, weight, None, self.stride, self.padding, self.dilation)
         x = functional.pad(x, padding_sides(self), mode=self.padding_mode)
-        return functional.conv2d(x, self.weight, None, self.stride, 0, self.dilation)
+        return functional.conv2d(x, weight, None, self.stride, 0, self.dilation)
 
-    def _implanted(self, x: Tensor) -> Tensor:
+    def _implanted(self, x: Tensor, pointwise: Tensor) -> Tensor:
         """Return the implanted channels, at the same positions as the kept ones."""
         # How far the centres read beyond the input, or stay within it, on each side.
         sides = [p - reach for p, reach in zip(padding_sides(self), _reach(self), strict=True)]
@@ -152,7 +165,7 @@ class ImplantConv2d(nn.Module):
             x = functional.pad(x, [max(side, 0) for side in sides], mode=_pad_mode(self))
         if any(side < 0 for side in sides):
             x = functional.pad(x, [min(side, 0) for side in sides])
-        return functional.conv2d(x, self.implant_pointwise, None, self.stride)
+        return functional.conv2d(x, pointwise, None, self.stride)
 
     def sync_sizes(self, segments: Sequence[tuple[int, int]]) -> None:
         """Take over new segment sizes after the parameters were cut.

@@ -1,6 +1,6 @@
 """Implants: cheaper stand-ins for the moderately sensitive output rows of a layer."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -67,9 +67,25 @@ class ImplantLinear(nn.Module):
         Returns:
             Output, ``[..., out_features]``.
         """
-        weight = self.weight.T if self.transposed else self.weight
-        kept = functional.linear(x, weight)  # [..., kept]
-        implanted = functional.linear(functional.linear(x, self.implant_down), self.implant_up)  # [..., implanted]
+        return self.product(x, self.weight, self.implant_down, self.implant_up)
+
+    def product(
+        self, x: Tensor, weight: Tensor, down: Tensor, up: Tensor, inner: Callable[[Tensor], Tensor] = lambda h: h
+    ) -> Tensor:
+        """Return the layer's output with some weights in the place of its own.
+
+        Args:
+            x: Input, ``[..., in_features]``.
+            weight: In the place of ``weight``, and stored like it.
+            down: In the place of ``implant_down``.
+            up: In the place of ``implant_up``.
+            inner: Applied to what lies in the bottleneck, ``[..., rank]``.
+
+        Returns:
+            Output, ``[..., out_features]``.
+        """
+        kept = functional.linear(x, weight.T if self.transposed else weight)  # [..., kept]
+        implanted = functional.linear(inner(functional.linear(x, down)), up)  # [..., implanted]
         # Surgery put the units into this order in whatever follows or reads them, so that parts side by side will do.
         # Outputs in their old order would take an index: a gather in each forward pass, a scatter in each backward one.
         kept_parts = torch.split(kept, [k for k, _ in self.segments], dim=-1)

@@ -1,9 +1,9 @@
 """Layers that have an implant already, when they are pruned again."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import ClassVar, cast
 
-from torch import nn
+from torch import Tensor, nn
 
 from hap_hf.layers.implant_conv import ImplantConv2d
 from hap_hf.layers.implant_linear import ImplantLinear
@@ -48,6 +48,10 @@ class ImplantKind(LayerKind):
         """Return False: there is one already."""
         return False
 
+    def takes_weights(self, module: nn.Module) -> bool:
+        """Return True."""
+        return True
+
 
 @register_layer(ImplantLinear)
 class ImplantLinearKind(ImplantKind):
@@ -59,6 +63,14 @@ class ImplantLinearKind(ImplantKind):
     def output_dim(self, module: nn.Module) -> int:
         """Return 1 where the weight is stored as GPT-2's layers store it."""
         return int(cast(ImplantLinear, module).transposed)
+
+    def forward_with(
+        self, module: nn.Module, x: Tensor, weights: Mapping[str, Tensor], inner: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        """Return the output with other weights."""
+        return cast(ImplantLinear, module).product(
+            x, weights["weight"], weights["implant_down"], weights["implant_up"], inner
+        )
 
 
 @register_layer(ImplantConv2d)
@@ -72,6 +84,12 @@ class ImplantConv2dKind(ImplantKind):
     def num_groups(self, module: nn.Module) -> int:
         """Return 1."""
         return 1
+
+    def forward_with(
+        self, module: nn.Module, x: Tensor, weights: Mapping[str, Tensor], inner: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        """Return the output with other kernels."""
+        return cast(ImplantConv2d, module).product(x, weights["weight"], weights["implant_pointwise"])
 
 
 def implant_segments(module: nn.Module) -> Sequence[tuple[int, int]]:

@@ -134,6 +134,29 @@ class LayerKind:
         )
         return implant.train(module.training)
 
+    def takes_weights(self, module: nn.Module) -> bool:
+        """Return whether :meth:`forward_with` computes the layer; where not, it is never quantized."""
+        return False
+
+    def forward_with(
+        self, module: nn.Module, x: Tensor, weights: Mapping[str, Tensor], inner: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        """Return the layer's output with other weights in the place of its own.
+
+        Args:
+            module: A layer of this kind.
+            x: Its input.
+            weights: A value for each of its weights but the bias, by name, in the parameter's shape.
+            inner: Applied to what lies between two weights that are multiplied one after the other.
+
+        Returns:
+            The output.
+
+        Raises:
+            NotImplementedError: Where :meth:`takes_weights` is False.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not compute a layer with other weights")
+
     def input_moment(self, module: nn.Module, x: Tensor) -> tuple[Tensor, int]:
         """Return the sum that an implant is fitted with, over the positions of one call.
 
@@ -208,7 +231,18 @@ def kind_of(module: nn.Module) -> LayerKind | None:
     Returns:
         The kind, or None where its type is not registered.
     """
+    return kind_of_class(type(module))
+
+
+def kind_of_class(own: Any) -> LayerKind | None:
+    """Return what is known of the layers of a class.
+
+    Args:
+        own: A class of modules.
+
+    Returns:
+        The kind, or None where the class is not registered.
+    """
     # A class given by name need not be imported to be recognised; where it is not, there is no layer of it either.
-    own: Any = type(module)
     found = _KINDS.get(own)
     return found if found is not None else _KINDS.get(f"{own.__module__}.{own.__qualname__}")
