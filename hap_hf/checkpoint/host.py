@@ -49,11 +49,12 @@ def forget_adapters_(model: nn.Module) -> None:
         vars(model).pop(name, None)
 
 
-def check_at_saving(check: Callable[[PreTrainedModel, Any], None]) -> None:
-    """Let ``save_pretrained`` of every model begin with a check. Nothing is written where it raises.
+def prepare_at_saving(prepare: Callable[[PreTrainedModel, Any], Any]) -> None:
+    """Let ``save_pretrained`` of every model begin with a look at what it writes. Nothing is written where it raises.
 
     Args:
-        check: Called with the model and with the weights that are to be written in place of its own, if any.
+        prepare: Called with the model and with the weights that are to be written in place of its own, if any; returns
+            those that are.
     """
     save: Any = PreTrainedModel.save_pretrained
     # Wrapped once, also where the package is imported again.
@@ -61,9 +62,9 @@ def check_at_saving(check: Callable[[PreTrainedModel, Any], None]) -> None:
         return
 
     @functools.wraps(save)
-    def checked(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
-        check(self, kwargs.get("state_dict"))
-        return save(self, *args, **kwargs)
+    def prepared(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+        weights = prepare(self, kwargs.get("state_dict"))
+        return save(self, *args, **(kwargs if weights is None else {**kwargs, "state_dict": weights}))
 
-    setattr(checked, _WRAPPED, True)
-    setattr(PreTrainedModel, "save_pretrained", checked)  # noqa: B010 (a method, which mypy lets nobody assign)
+    setattr(prepared, _WRAPPED, True)
+    setattr(PreTrainedModel, "save_pretrained", prepared)  # noqa: B010 (a method, which mypy lets nobody assign)

@@ -23,6 +23,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from hap_hf.checkpoint.files import check_files, check_sizes
 from hap_hf.checkpoint.host import forget_quantized_, was_loaded
 from hap_hf.errors import ConfigError, PlanFormatError, PlanMismatchError
+from hap_hf.model.quantizing import apply_bits_, expect_stored_, unpack_
+from hap_hf.names.bits import BitPlan
 from hap_hf.names.plan import PruningPlan
 from hap_hf.surgery import apply_plan_
 
@@ -39,13 +41,14 @@ class HapPlanConfig(QuantizationConfigMixin):
 
     Args:
         plan: Everything that was done to the model since it was dense.
+        bits: Bits of its quantized layers, if it has any.
     """
 
     quant_method: Any = QUANT_METHOD
 
-    def __init__(self, plan: PruningPlan) -> None:
-        """Hold the plan."""
-        self.plan = plan
+    def __init__(self, plan: PruningPlan, bits: BitPlan | None = None) -> None:
+        """Hold the plan and the bits."""
+        self.plan, self.bits = plan, bits
 
     @classmethod
     def from_dict(cls, config_dict: Mapping[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
@@ -62,17 +65,19 @@ class HapPlanConfig(QuantizationConfigMixin):
         Raises:
             PlanFormatError: If an entry is missing, unknown or malformed.
         """
-        if not {"quant_method", "plan"} <= set(config_dict) <= {"quant_method", "plan", "library"}:
+        if not {"quant_method", "plan"} <= set(config_dict) <= {"quant_method", "plan", "library", "bits"}:
             raise PlanFormatError(
-                "the quantization_config of a pruned model must hold quant_method and plan and nothing else, got "
+                "the quantization_config of a pruned model must hold quant_method, plan and bits, no more, got "
                 f"{sorted(str(key)[:40] for key in config_dict)[:10]}; take config.json from the save of the weights"
             )
-        entry = cls(PruningPlan.from_dict(config_dict["plan"]))
+        bits = config_dict.get("bits")
+        entry = cls(PruningPlan.from_dict(config_dict["plan"]), None if bits is None else BitPlan.from_dict(bits))
         return (entry, kwargs) if return_unused_kwargs else entry
 
     def to_dict(self) -> dict[str, Any]:
         """Return the entry as plain JSON values."""
-        return {"quant_method": QUANT_METHOD, "plan": self.plan.to_dict()}
+        bits = {} if self.bits is None else {"bits": self.bits.to_dict()}
+        return {"quant_method": QUANT_METHOD, "plan": self.plan.to_dict(), **bits}
 
 
 class HapQuantizer(HfQuantizer):
@@ -100,7 +105,8 @@ class HapQuantizer(HfQuantizer):
             )
         # Without this method transformers leaves renamed tensors of pre-quantized checkpoints in their stored dtype.
         self.pre_quantized = hasattr(HfQuantizer, "get_new_dtype")
-        self.plan = quantization_config.plan
+        self.plan, self.bits = quantization_config.plan, quantization_config.bits
+        self._packed: Mapping[str, Any] = {}
         self._shapes: dict[str, list[int]] = {}
         self._cut: set[str] = set()
 
@@ -143,14 +149,18 @@ class HapQuantizer(HfQuantizer):
         """Prune the model, which has no storage yet, and compare it with the files before a weight is read."""
         files = [str(file) for file in kwargs.get("checkpoint_files") or ()]
         check_files(files)
-        self.plan = _fit_to_class(self.plan, model)
+        self.plan, self.bits = _fit_to_class(self.plan, self.bits, model)
         check_sizes(self.plan, files)
         with torch.device("cpu"):  # transformers makes meta the default here, and indices must have values
             apply_plan_(model, self.plan)
+        if self.bits is not None:
+            apply_bits_(model, self.bits)
+            self._packed = expect_stored_(model, self.bits.stored)
         # Of the pruned model: what the checkpoint must hold.
         self._shapes = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
         # Whole layers, as an implant's weights and the rest of a cut layer must come from the checkpoint, too.
         self._cut = {_owner(s.tensor) for g in self.plan for s in g.group.slices}
+        self._cut |= set(self.bits.layers) if self.bits is not None else set()
         self._refuse(self._not_stored())
         self._refuse(self._stored_otherwise(files, f"{model.base_model_prefix}."))
         return model
@@ -158,11 +168,13 @@ class HapQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         """Check what was read, and leave an ordinary model whose config alone tells of the plan."""
         self._refuse(self._not_loaded(model))
+        if self.bits is not None:
+            unpack_(model, self._packed)
         _align(model)
         # Taken for quantized it could not be cast, and neither transformers nor hap_hf would let it be changed again.
         forget_quantized_(model)
         # A plain dict, as AutoConfig reads it: from_pretrained(..., config=model.config) takes nothing else.
-        model.config.quantization_config = HapPlanConfig(self.plan).to_dict()
+        model.config.quantization_config = HapPlanConfig(self.plan, self.bits).to_dict()
         return model
 
     def _refuse(self, wrong: Iterable[str]) -> None:
@@ -212,25 +224,28 @@ for _method in QUANT_METHODS:
     register_quantizer(_method)(HapQuantizer)
 
 
-def _fit_to_class(plan: PruningPlan, model: PreTrainedModel) -> PruningPlan:
-    """Return ``plan`` with the names that its modules have in a model of this class.
+def _fit_to_class(
+    plan: PruningPlan, bits: BitPlan | None, model: PreTrainedModel
+) -> tuple[PruningPlan, BitPlan | None]:
+    """Return ``plan`` and ``bits`` with the names that their modules have in a model of this class.
 
     A base model lacks the prefix that its modules have inside a task model. Groups of which the class has nothing, such
     as the decoder's in a model that is only the encoder, are left out; the weights then tell whether that was right.
 
     Args:
         plan: The plan, as it was recorded.
+        bits: The bits, as they were recorded.
         model: The model to be pruned.
 
     Returns:
-        The plan with other names.
+        Both with other names.
 
     Raises:
         PlanMismatchError: If the model has none of the modules.
     """
     prefix = f"{model.base_model_prefix}."
     modules = {name for name, _ in model.named_modules()}
-    owners = {_owner(s.tensor) for g in plan for s in g.group.slices}
+    owners = {_owner(s.tensor) for g in plan for s in g.group.slices} | set(bits.layers if bits is not None else ())
 
     def unchanged(name: str) -> str:
         return name
@@ -247,15 +262,18 @@ def _fit_to_class(plan: PruningPlan, model: PreTrainedModel) -> PruningPlan:
         tuple(g for g in stage if not modules.isdisjoint(_owner(s.tensor) for s in g.group.slices))
         for stage in plan.renamed(rename).stages
     )
-    if owners and not any(stages):
+    if bits is not None:
+        bits = bits.renamed(rename)
+        bits = replace(bits, layers={name: b for name, b in bits.layers.items() if name in modules})
+    if owners and not any(stages) and not (bits is not None and bits.layers):
         raise PlanMismatchError(
-            f"the plan in config.json prunes modules such as {min(owners)!r}, and this {type(model).__name__} has none "
+            f"the plan in config.json names modules such as {min(owners)!r}, and this {type(model).__name__} has none "
             "of them; it was made for another model"
         )
     left_out = sum(map(len, plan.stages)) - sum(map(len, stages))
     if left_out:
         logger.info("%d pruned groups of the checkpoint have no place in %s", left_out, type(model).__name__)
-    return replace(plan, stages=stages)
+    return replace(plan, stages=stages), bits
 
 
 def _align(model: nn.Module) -> None:

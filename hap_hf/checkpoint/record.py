@@ -8,11 +8,13 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from hap_hf.checkpoint.host import check_at_saving, forget_adapters_
+from hap_hf.checkpoint.host import forget_adapters_, prepare_at_saving
 from hap_hf.checkpoint.loading import QUANT_METHODS, HapPlanConfig
 from hap_hf.checkpoint.vanilla import stock_config
 from hap_hf.errors import ConfigError, PlanMismatchError, UnsupportedModelError
 from hap_hf.model.adapters import check_no_adapters
+from hap_hf.model.quantizing import quantized_layers, saved_state
+from hap_hf.names.bits import BitPlan
 from hap_hf.names.outcome import shapes_left
 from hap_hf.names.plan import PruningPlan
 
@@ -44,6 +46,36 @@ def record_plan(model: nn.Module, plan: PruningPlan) -> None:
     _give_own_config_(model)
     model.config.quantization_config = HapPlanConfig(composed).to_dict()
     forget_adapters_(model)
+
+
+def record_bits(model: nn.Module, bits: BitPlan) -> None:
+    """Store in the model's config which of its layers are quantized, and what a file shall hold of their weights.
+
+    Models that are no ``PreTrainedModel`` have no config that is saved with them; for those nothing is stored.
+
+    Args:
+        model: The quantized model.
+        bits: Bits of its layers.
+    """
+    if not isinstance(model, PreTrainedModel):
+        return
+    plan = plan_of(model) or PruningPlan(())
+    _give_own_config_(model)
+    model.config.quantization_config = HapPlanConfig(plan, bits).to_dict()
+    forget_adapters_(model)
+
+
+def bits_of(model: nn.Module) -> BitPlan | None:
+    """Return the bits that the model's config carries.
+
+    Args:
+        model: Any model.
+
+    Returns:
+        Bits of its quantized layers, or None where nothing is recorded.
+    """
+    entry = _entry_of(model)
+    return None if entry is None else entry.bits
 
 
 def _give_own_config_(model: PreTrainedModel) -> None:
@@ -89,11 +121,16 @@ def plan_of(model: nn.Module) -> PruningPlan | None:
     Raises:
         PlanFormatError: If the config carries something that is no plan.
     """
+    entry = _entry_of(model)
+    return None if entry is None else entry.plan
+
+
+def _entry_of(model: nn.Module) -> HapPlanConfig | None:
     slot = _slot_of(model)
     if slot is None or _method_of(slot) not in QUANT_METHODS:
         return None
-    entry = slot if isinstance(slot, HapPlanConfig) else HapPlanConfig.from_dict(slot)
-    return entry.plan
+    entry: HapPlanConfig = slot if isinstance(slot, HapPlanConfig) else HapPlanConfig.from_dict(slot)
+    return entry
 
 
 def save_pruned(
@@ -130,6 +167,10 @@ def save_pruned(
     if not vanilla:
         model.save_pretrained(directory, **save_pretrained_kwargs)
         return
+    if bits_of(model) is not None:
+        raise ConfigError(
+            "a plain checkpoint cannot hold the bits of a quantized model; save with vanilla=False, or hap_hf.export it"
+        )
     # save_pretrained writes whatever config the model has at that moment.
     stock, own = stock_config(model, plan), model.config
     model.config = stock
@@ -139,8 +180,8 @@ def save_pruned(
         model.config = own
 
 
-def _check_saved(model: PreTrainedModel, state_dict: Mapping[str, Any] | None) -> None:
-    """Check that the plan in a model's config describes the weights that are about to be saved with it.
+def _to_be_saved(model: PreTrainedModel, state_dict: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+    """Return the weights of a model that is about to be saved as its file holds them, after checking them.
 
     A dense model that was built from the config of a pruned one carries a plan that it never went through, and its
     checkpoint could not be read again.
@@ -149,12 +190,26 @@ def _check_saved(model: PreTrainedModel, state_dict: Mapping[str, Any] | None) -
         model: A model that is about to be saved, pruned or not.
         state_dict: The weights that are saved in place of its own, if any.
 
+    Returns:
+        The weights in the place of its own or the given ones; of a quantized model codes and scales.
+
     Raises:
-        PlanMismatchError: If a weight has another shape than the plan leaves it with.
+        PlanMismatchError: If a weight has another shape than the plan leaves it with, or the layers are others than
+            those that the config names as quantized.
     """
-    plan = plan_of(model) if _method_of(_slot_of(model)) in QUANT_METHODS else None
-    if plan is None or getattr(model, "hf_quantizer", None) is not None:
-        return
+    entry = _entry_of(model)
+    if getattr(model, "hf_quantizer", None) is not None:
+        return state_dict
+    recorded, own = set(entry.bits.layers if entry and entry.bits else ()), dict(quantized_layers(model))
+    if recorded != own.keys():
+        raise PlanMismatchError(
+            f"{len(own)} layers of this {type(model).__name__} are quantized, and its config names {len(recorded)}: "
+            f"{min(recorded ^ own.keys())} is in one of both alone, and it could not be loaded again; quantize it with "
+            "hap_hf.quantize_, or take the entry off a float model: del model.config.quantization_config"
+        )
+    if entry is None:
+        return state_dict
+    plan = entry.plan
     # Only shapes are compared, at every save: that the stages fit each other was checked when they were recorded.
     left, _ = shapes_left(plan.stages)
     saved = dict(model.state_dict() if state_dict is None else state_dict)
@@ -167,9 +222,10 @@ def _check_saved(model: PreTrainedModel, state_dict: Mapping[str, Any] | None) -
             f"{list(left[wrong[0]])}; it could not be loaded again. For a dense model take the plan off: "
             "del model.config.quantization_config"
         )
+    return state_dict if entry.bits is None else saved_state(model, saved, entry.bits.stored)
 
 
-check_at_saving(_check_saved)
+prepare_at_saving(_to_be_saved)
 
 
 def _compose(model: nn.Module, plan: PruningPlan) -> PruningPlan:
@@ -191,6 +247,11 @@ def _compose(model: nn.Module, plan: PruningPlan) -> PruningPlan:
         raise ConfigError(
             f"expected a model without quantization, got a {type(model).__name__} whose config.quantization_config has "
             f"quant_method {str(_method_of(slot))!r}; a checkpoint has room for one, so prune first and quantize a copy"
+        )
+    if bits_of(model) is not None:
+        raise ConfigError(
+            f"expected a model without quantization, got a {type(model).__name__} that hap_hf quantized; prune first, "
+            "then quantize"
         )
     before = plan_of(model)
     # The stages of `plan` name tensors as the recorded ones left them, so they come behind.

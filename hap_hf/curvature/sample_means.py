@@ -204,7 +204,7 @@ class SampleMeans:
         differ = set(sums)
         for n, single in islice(((n, single) for n, single in singles if single.num_terms), _NUM_CHECKED):
             alone = Forward(self.model, single, self.wanted, forward.index, n)
-            own = None if vectors is None else _rows(vectors, n, batch.num_samples, alone)
+            own = None if vectors is None else rows_of_sample(vectors, n, batch.num_samples, alone)
             truth, _ = self._finite(alone, own, self._plain)
             # A gradient that is zero but for rounding, as of a key's bias, has no relative error to speak of.
             floor = 1e-6 * max(x.norm().item() for x in truth.values())
@@ -223,8 +223,17 @@ class SampleMeans:
             )
 
 
-def _rows(vectors: Sequence[Tensor], n: int, num_samples: int, alone: Forward) -> list[Tensor]:
+def rows_of_sample(vectors: Sequence[Tensor], n: int, num_samples: int, alone: Forward) -> list[Tensor]:
     """Return the part of some vectors that belongs to sample n.
+
+    Args:
+        vectors: A vector for each output of a batch.
+        n: Index of the sample.
+        num_samples: Number of samples in the batch.
+        alone: The forward pass of the sample alone.
+
+    Returns:
+        The vectors for the outputs of the sample alone.
 
     Raises:
         NotPerSampleError: If the outputs of the sample alone have another size.

@@ -4,14 +4,16 @@ from torch import nn
 
 from hap_hf.errors import UnsupportedModelError
 from hap_hf.host import is_compiled
+from hap_hf.layers.quantized import Quantized
 from hap_hf.model.adapters import check_no_adapters
 
 
-def check_bare(model: nn.Module) -> None:
+def check_bare(model: nn.Module, *, before: str = "prune") -> None:
     """Check that ``model`` is the bare float model, not something around it.
 
     Args:
         model: Any model that is to be analysed or cut.
+        before: What is to be done with it, for messages: ``"prune"`` or ``"quantize"``.
 
     Raises:
         UnsupportedModelError: If it is wrapped, compiled, quantized, with adapters or without storage.
@@ -21,12 +23,20 @@ def check_bare(model: nn.Module) -> None:
     name = type(model).__name__
     if name in wrappers:
         raise UnsupportedModelError(
-            f"got a model wrapped in {name}; prune the model inside it (model.module) before wrapping"
+            f"got a model wrapped in {name}; {before} the model inside it (model.module) before wrapping"
         )
     if is_compiled(model):
-        raise UnsupportedModelError("got a compiled model; prune the original, then call torch.compile on the result")
+        raise UnsupportedModelError(
+            f"got a compiled model; {before} the original, then call torch.compile on the result"
+        )
     if getattr(model, "hf_quantizer", None) is not None or getattr(model, "is_quantized", False):
         raise UnsupportedModelError(f"got a quantized {name}; prune in floating point first, then quantize the result")
+    layer = next((path for path, module in model.named_modules() if isinstance(module, Quantized)), None)
+    if layer is not None:
+        raise UnsupportedModelError(
+            f"got a {name} that hap_hf quantized ({layer} among others), whose scales and ranges are those of its "
+            f"units; prune first, then quantize: {before} the model that was quantized"
+        )
     check_no_adapters(model)
     tensors = dict(model.named_parameters())
     if not tensors:

@@ -13,10 +13,12 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import CONFIG_NAME
 
-from hap_hf.checkpoint import plan_of, record_plan
+from hap_hf.checkpoint import plan_of, record_bits, record_plan
 from hap_hf.checkpoint.loading import QUANT_METHODS, HapPlanConfig
 from hap_hf.errors import ConfigError
+from hap_hf.model.quantizing import apply_bits_, quantized_layers
 from hap_hf.model.rollback import undone_on_error
+from hap_hf.names.bits import BitPlan
 from hap_hf.names.plan import PruningPlan
 from hap_hf.surgery import apply_plan_, carry_optimizer_state_
 from hap_hf.surgery.calibration import ImplantInit
@@ -49,7 +51,10 @@ def _rebuild_and_load(
 ) -> None:
     """Do the rounds that the Trainer's model lacks of the checkpoint's, then load the weights."""
     model, folder = cast(nn.Module, trainer.model), Path(resume_from_checkpoint)
-    missing = _missing_rounds(model, _plan_in(folder, kind, _read_state(folder), trainer), folder)
+    state = _read_state(folder)
+    bits = _bits_in(folder, state, trainer)
+    _check_bits(model, bits, folder)
+    missing = _missing_rounds(model, _plan_in(folder, kind, state, trainer), folder)
     if missing.stages:
         if args or kwargs:  # a model that is already wrapped, as with FSDP, holds its parameters elsewhere
             raise ConfigError(
@@ -58,6 +63,9 @@ def _rebuild_and_load(
             )
         # accelerate wraps an optimizer, after a first training; before it, only one of the user's exists.
         _prune_alike(model, missing, getattr(trainer.optimizer, "optimizer", trainer.optimizer))
+    if bits is not None and next(quantized_layers(model), None) is None:
+        apply_bits_(model, bits)
+        record_bits(model, bits)
     # Now shapes agree, and so does the optimizer's list of parameters, whose state is loaded by position.
     load(resume_from_checkpoint, *args, **kwargs)
 
@@ -123,14 +131,46 @@ def _plan_in(folder: Path, kind: type[TrainerCallback], state: TrainerState, tra
         The plan, without stages for a dense model.
     """
     if isinstance(trainer.model, PreTrainedModel) and (folder / CONFIG_NAME).is_file():
-        slot = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8")).get("quantization_config")
-        if isinstance(slot, Mapping) and slot.get("quant_method") in QUANT_METHODS:
-            plan: PruningPlan = HapPlanConfig.from_dict(slot).plan
-            return plan
-        return PruningPlan(())
+        entry = _entry_in(folder)
+        return PruningPlan(()) if entry is None else entry.plan
     count = sum(type(c) is kind for c in trainer.callback_handler.callbacks)
     entries = saved_entries(kind, count, state)
     return stages_of(report for entry in entries for report in progress_from_dict(entry)[0])
+
+
+def _entry_in(folder: Path) -> HapPlanConfig | None:
+    """Return what the config of a checkpoint says was done to its model."""
+    slot = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8")).get("quantization_config")
+    if isinstance(slot, Mapping) and slot.get("quant_method") in QUANT_METHODS:
+        entry: HapPlanConfig = HapPlanConfig.from_dict(slot)
+        return entry
+    return None
+
+
+def _bits_in(folder: Path, state: TrainerState, trainer: Trainer) -> BitPlan | None:
+    """Return the bits of the model of a checkpoint: its config says, or where it has none, a callback's state."""
+    if isinstance(trainer.model, PreTrainedModel) and (folder / CONFIG_NAME).is_file():
+        entry = _entry_in(folder)
+        return None if entry is None else entry.bits
+    by_kind: Any = state.stateful_callbacks
+    saved = by_kind.get("QuantizeAware")
+    bits = None if not isinstance(saved, Mapping) else saved["attributes"]["progress"]["bits"]
+    return None if bits is None else BitPlan.from_dict(bits)
+
+
+def _check_bits(model: nn.Module, bits: BitPlan | None, folder: Path) -> None:
+    """Check that the Trainer's model is quantized like a checkpoint's, or not at all.
+
+    Raises:
+        ConfigError: If it is quantized otherwise.
+    """
+    own = {name: layer.bits for name, layer in quantized_layers(model)}
+    if own and (bits is None or own != dict(bits.layers)):
+        raise ConfigError(
+            f"the Trainer's model is quantized, and {str(folder)!r} holds one that is "
+            f"{'not' if bits is None else 'quantized otherwise'}; make a new Trainer around the checkpoint's: "
+            f"{_loading(model, folder)}"
+        )
 
 
 def _missing_rounds(model: nn.Module, plan: PruningPlan, folder: Path) -> PruningPlan:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from itertools import count, islice
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -15,13 +15,24 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer
 
-from hap_hf.config import HapConfig
 from hap_hf.errors import BatchError, ConfigError
 from hap_hf.evidence.losses import LossFunction
 from hap_hf.evidence.processes import ALONE, Processes
 from hap_hf.trainer.host import forward_without_autocast
 
 _SCORING: ContextVar[bool] = ContextVar("scoring", default=False)
+
+
+class Drawing(Protocol):
+    """Settings of how training data is drawn."""
+
+    @property
+    def seed(self) -> int:
+        """Seed of the order."""
+
+    @property
+    def max_batches(self) -> int | None:
+        """Most batches; None for all."""
 
 
 @contextmanager
@@ -96,7 +107,7 @@ def scoring_batches(
     dataset: Any,
     collate_fn: Callable[[list[Any]], Mapping[str, Any]],
     batch_size: int,
-    config: HapConfig,
+    config: Drawing,
     *,
     processes: Processes = ALONE,
 ) -> Iterator[Mapping[str, Any]]:
@@ -138,7 +149,7 @@ def scoring_batches(
         yield batch
 
 
-def check_training_data(loader: Any, config: HapConfig, *, needed: bool = True) -> None:
+def check_training_data(loader: Any, config: Drawing, *, needed: bool = True) -> None:
     """Check that :func:`scoring_batches` can make batches of the training data.
 
     Args:
