@@ -17,6 +17,16 @@ Importing this package is what lets ``AutoModel….from_pretrained`` load pruned
 
 import importlib.util
 
+from hap_hf.bits import (
+    Allocation,
+    BitConfig,
+    BitReport,
+    Sensitivity,
+    allocate_bits,
+    bit_frontier,
+    bit_sensitivity,
+    quantize_,
+)
 from hap_hf.checkpoint import load_pruned_heads, plan_of, record_plan, save_pruned, wrap_timm
 from hap_hf.compensation import Compensation
 from hap_hf.config import HapConfig
@@ -47,6 +57,7 @@ from hap_hf.errors import (
     ConfigError,
     CurvatureError,
     DistributedError,
+    ExportError,
     HapError,
     PlanFormatError,
     PlanMismatchError,
@@ -55,6 +66,7 @@ from hap_hf.errors import (
 )
 from hap_hf.evidence.evidence import Evidence
 from hap_hf.evidence.precision import Precision
+from hap_hf.export import export
 from hap_hf.layers.implant_conv import ImplantConv2d
 from hap_hf.layers.implant_linear import ImplantLinear
 from hap_hf.layers.kind import LayerKind, register_layer
@@ -75,6 +87,7 @@ from hap_hf.surgery import (
     train_only_implants_,
 )
 from hap_hf.trainer import Distill, GrowingReg, HessianPruner
+from hap_hf.trainer.quantizing import QuantizeAware
 from hap_hf.version import __version__
 
 __all__ = [  # noqa: RUF022 (by stage, not by letter)
@@ -116,6 +129,18 @@ __all__ = [  # noqa: RUF022 (by stage, not by letter)
     "register_criterion",
     "Scores",
     "ScoringTask",
+    # fewer bits
+    "BitConfig",
+    "BitReport",
+    "quantize_",
+    "QuantizeAware",
+    "bit_sensitivity",
+    "allocate_bits",
+    "bit_frontier",
+    "Sensitivity",
+    "Allocation",
+    # files that run elsewhere
+    "export",
     # choices
     "Coupling",
     "Hvp",
@@ -162,6 +187,7 @@ __all__ = [  # noqa: RUF022 (by stage, not by letter)
     "ConfigError",
     "CurvatureError",
     "DistributedError",
+    "ExportError",
     "HapError",
     "PlanFormatError",
     "PlanMismatchError",

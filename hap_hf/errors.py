@@ -35,3 +35,7 @@ class StaleOptimizerError(HapError, RuntimeError):
 
 class DistributedError(HapError, RuntimeError):
     """Processes that prune one model together disagree, or another of them failed."""
+
+
+class ExportError(HapError, RuntimeError):
+    """A model could not be written as a file that runs elsewhere, or the file computes something else."""
