@@ -12,7 +12,8 @@ learning rate that falls along a cosine. A run has these stages:
 2. With an amount (``--prune_ratio``, ``--target_params`` or ``--target_macs``) a second training follows, of
    ``--recovery_epochs`` epochs, in which ``HessianPruner`` prunes the model: before the first step, or after
    ``--prune_step`` steps or ``--prune_epoch`` epochs, in ``--num_rounds`` rounds. ``--distill``, ``--grow`` and
-   ``--rounds`` help it to recover. Without an amount nothing is pruned.
+   ``--rounds`` help it to recover. Without an amount nothing is pruned. With ``--quantize int8``
+   the last epoch trains with rounded weights and activations, and integers are saved.
 3. ``AutoModelForImageClassification.from_pretrained`` reads the model back from ``OUTPUT_DIR``. Its logits are compared
    with those of the model that was trained, bit for bit, and the time it takes with that of the dense model.
 4. ``--do_eval`` evaluates the dense model, the pruned model before and after recovery, and, as ``eval_*``, the model
@@ -72,7 +73,7 @@ from transformers import (
     set_seed,
 )
 
-from hap_hf import Distill, GrowingReg, HapConfig, HessianPruner, Kind, measure_size
+from hap_hf import Distill, GrowingReg, HapConfig, HessianPruner, Kind, QuantizeAware, measure_size
 from hap_hf.arguments import config_of, pruning_arguments
 
 logger = logging.getLogger("run_image_hap")
@@ -189,6 +190,9 @@ class DataTrainingArguments:
                 raise ValueError(f"--{name} must be at least 1, got {count}")
 
 
+WEIGHT_BITS = {"int8": 8, "int4": 4}
+
+
 @dataclass
 class PruningArguments(pruning_arguments("seed")):  # TrainingArguments has a seed, which scoring uses too
     """How much to prune, when, and how long to train afterwards; without an amount nothing is pruned."""
@@ -209,10 +213,19 @@ class PruningArguments(pruning_arguments("seed")):  # TrainingArguments has a se
     recovery_epochs: float = flag("Epochs of the training in which the model is pruned; 0: prune only.", 10.0)
     recovery_learning_rate: float | None = flag("Its learning rate at its start; a tenth of learning_rate by default.")
 
+    quantize: str | None = flag("int8 or int4: round weights to so many bits and activations to 8, after pruning.")
+    quantize_epoch: int | None = flag(
+        "Round after so many epochs of the recovery training; before its last by default."
+    )
+
     def __post_init__(self) -> None:
         """Check the values."""
         if self.recovery_epochs < 0:
             raise ValueError(f"--recovery_epochs must not be negative, got {self.recovery_epochs}")
+        if self.quantize is not None and self.quantize not in WEIGHT_BITS:
+            raise ValueError(f"--quantize must be one of {', '.join(WEIGHT_BITS)}, got {self.quantize!r}")
+        if self.quantize_epoch is not None and self.quantize is None:
+            raise ValueError(f"--quantize_epoch {self.quantize_epoch} has a meaning only with --quantize")
         if (self.rounds or self.grow or self.distill) and not self.recovery_epochs:
             raise ValueError("--rounds, --grow and --distill take place in the recovery, got --recovery_epochs 0")
         if self.rounds and (self.prune_step, self.prune_epoch, self.num_rounds) != (None, None, 1):
@@ -233,6 +246,13 @@ class PruningArguments(pruning_arguments("seed")):  # TrainingArguments has a se
         if self.grow:
             result["regularise"] = GrowingReg(variant=self.grow, steps=result["step"])
         return result
+
+    def rounding(self) -> list[QuantizeAware]:
+        """Return the callback that rounds, if there is to be one."""
+        if self.quantize is None:
+            return []
+        epoch = self.quantize_epoch if self.quantize_epoch is not None else math.ceil(self.recovery_epochs) - 1
+        return [QuantizeAware({"weight_bits": WEIGHT_BITS[self.quantize]}, epoch=epoch if epoch > 0 else None)]
 
 
 class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
@@ -860,7 +880,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         )
         pruner = HessianPruner(config, **pruning_args.timing)
         after = AfterPruning(pruner, lambda: results.update(metrics_of(trainer, "pruned")))
-        trainer = trainer_of(args, [pruner, *([Distill()] if pruning_args.distill else []), after])
+        rounding = pruning_args.rounding()
+        helpers = [Distill()] if pruning_args.distill else []
+        trainer = trainer_of(args, [pruner, *helpers, after, *rounding])
         results |= metrics_of(trainer, "dense") | size_of(trainer, "dense")
         outcome = trainer.train(resume_from_checkpoint=None if trains else training_args.resume_from_checkpoint)
         results["recovery_runtime"] = outcome.metrics["train_runtime"]
@@ -868,6 +890,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         trainer.save_model()
         trainer.save_state()
         first, last = pruner.reports[0], pruner.reports[-1]
+        for callback in rounding:
+            results |= {"quantized_layers": len(callback.report.plan.layers)} if callback.report is not None else {}
+        results["pruned_bytes"] = sum(file.stat().st_size for file in output_dir.glob("*.safetensors"))
         results["prunable_params_kept"] = last.prunable_after.params / first.prunable_before.params
         results["scoring_seconds"] = sum(report.seconds["scoring"] for report in pruner.reports)
         for kind in Kind:

@@ -62,9 +62,9 @@ def prepare_at_saving(prepare: Callable[[PreTrainedModel, Any], Any]) -> None:
         return
 
     @functools.wraps(save)
-    def prepared(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+    def checked(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
         weights = prepare(self, kwargs.get("state_dict"))
         return save(self, *args, **(kwargs if weights is None else {**kwargs, "state_dict": weights}))
 
-    setattr(prepared, _WRAPPED, True)
-    setattr(PreTrainedModel, "save_pretrained", prepared)  # noqa: B010 (a method, which mypy lets nobody assign)
+    setattr(checked, _WRAPPED, True)
+    setattr(PreTrainedModel, "save_pretrained", checked)  # noqa: B010 (a method, which mypy lets nobody assign)

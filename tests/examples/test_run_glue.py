@@ -63,6 +63,18 @@ def test_a_fine_tuned_model_is_pruned_without_being_fine_tuned_again(
     assert not (tmp_path / "dense").exists()
 
 
+def test_a_run_prunes_recovers_and_rounds(
+    pruned: tuple[Path, dict[str, float]], mrpc: list[str], tmp_path: Path
+) -> None:
+    whole = ["--num_train_epochs", "0", "--recovery_epochs", "2", "--quantize", "int8", "--do_train", "--do_eval"]
+    results = run(pruned[0] / "dense", tmp_path, *mrpc, *PRUNE, *whole)
+    entry = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
+    assert len(entry["bits"]["layers"]) == results["quantized_layers"]
+    assert entry["plan"]["stages"]
+    assert results["eval_loss"] == results["recovered_loss"]
+    assert results["pruned_bytes"] < pruned[1]["pruned_bytes"]
+
+
 def test_a_pruned_model_is_only_evaluated(
     pruned: tuple[Path, dict[str, float]], mrpc: list[str], tmp_path: Path
 ) -> None:
