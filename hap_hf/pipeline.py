@@ -8,18 +8,17 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
+from hap_hf.admission import NOT_ALIKE, admitted
 from hap_hf.checkpoint import check_recordable, record_plan
 from hap_hf.compensation import Compensation
 from hap_hf.config import HapConfig
 from hap_hf.curvature import Watchable
 from hap_hf.decision import Decision, stamps_of
-from hap_hf.discovery import Discovery, discover
+from hap_hf.discovery import Discovery
 from hap_hf.errors import BatchError, ConfigError
-from hap_hf.evidence.batches import Batch
 from hap_hf.evidence.evidence import Evidence
 from hap_hf.evidence.losses import LossFunction
-from hap_hf.evidence.processes import Processes
-from hap_hf.model.bare import check_bare
+from hap_hf.host import BatchNorm
 from hap_hf.model.change import TensorChange
 from hap_hf.model.rollback import undone_on_error
 from hap_hf.model.stale import note_replaced
@@ -27,7 +26,7 @@ from hap_hf.model.values import replace_values_
 from hap_hf.names.outcome import whole
 from hap_hf.names.plan import GroupPlan, PruningPlan
 from hap_hf.report import Clock, ModelSize, PruningReport, measure_size
-from hap_hf.selection import Round, config_of_round, measure_and_score, score_in_passes, select_groups
+from hap_hf.selection import Round, at_the_door, config_of_round, measure_and_score, score_in_passes, select_groups
 from hap_hf.selection.make import Choice, choose
 from hap_hf.surgery import (
     ImplantInit,
@@ -38,9 +37,6 @@ from hap_hf.surgery import (
 )
 
 logger = logging.getLogger(__name__)
-
-NOT_IN_STEP = "load the same checkpoint in every process, and let nothing but the Trainer change its weights"
-_NOT_ALIKE = "start every process with the same script, settings and data, on machines of the same kind"
 
 
 def prune(
@@ -58,11 +54,13 @@ def prune(
 
     Args:
         model: A trained model, neither wrapped, compiled nor quantized.
-        batches: Keyword arguments of the model's forward with labels, as a Hugging Face collator gives them, or pairs
-            of inputs and labels; the first ``config.max_batches`` are used.
+        batches: Keyword arguments of the model's forward with labels, as a Hugging Face collator gives them, pairs of
+            inputs and labels, or inputs alone; with ``loss_fn`` whatever that takes. The first ``config.max_batches``
+            are used.
         config: How much to prune and how; a mapping is read by ``HapConfig.from_dict``.
-        loss_fn: Loss of a model on a batch, a scalar; by default ``model(**batch).loss``, or the cross-entropy of what
-            returns logits alone.
+        loss_fn: Loss of a model on a batch as it came, a scalar; by default ``model(**batch).loss``, or the
+            cross-entropy of what returns logits alone. Without labels units are scored by agreement with the dense
+            model's own outputs.
         optimizer: An optimizer of the model that shall go on; its state follows the parameters. One that is made
             before and not passed here would train parameters that are no longer in the model, and raises at its next
             step.
@@ -120,15 +118,9 @@ def decide(evidence: Evidence, config: HapConfig, place: Round | None = None) ->
         CurvatureError: If a loss or a derivative is not finite, or does not depend on the weights.
         UnsupportedModelError: If the model cannot be analysed, or nothing in it can be removed.
     """
-    evidence.check_made_with(config.precision, config.seed)
-    model, processes, place, clock = evidence.model, evidence.processes, place or Round(), Clock()
-    check_bare(model)
-    check_recordable(model)
-    processes.check_same_tensors("weights before pruning", dict(model.named_parameters()), NOT_IN_STEP)
-    found = discover(model, evidence.example)
-    processes.check_same("groups", {g.name: g for g in found.groups}, _NOT_ALIKE)
+    model, place, clock = evidence.model, place or Round(), Clock()
+    evidence, config, found, chosen = admitted(evidence, config, clock)
     _warn_of_missing_kinds(found, config)
-    chosen = select_groups(found.groups, config)
     # What a round asks for is relative to what there is at its beginning, as rounds before did not meet theirs exactly.
     now = config.asked.what.cost(whole(chosen))
     place = replace(place, start=now if place.start is None else place.start)
@@ -167,6 +159,7 @@ def decide_again(decision: Decision, config: HapConfig) -> Decision:
     Raises:
         ConfigError: If the settings ask for other scores, or for something impossible.
     """
+    config = at_the_door(decision.evidence, config)[1]
     if (config.criterion, config.passes) != (decision.config.criterion, decision.config.passes):
         raise ConfigError(
             f"the scores are those of {decision.config.criterion} in {decision.config.passes} passes, and the settings "
@@ -236,10 +229,10 @@ def cut_(
         carry_optimizer_state_(optimizer, changes)
     clock.lap("surgery")
     if config.recalibrate:
-        _recalibrate(model, evidence.batches, processes)
+        _recalibrate(model, evidence)
         clock.lap("recalibration")
     size = measure_size(model, evidence.example)
-    processes.check_same_tensors("weights after pruning", dict(model.named_parameters()), _NOT_ALIKE)
+    processes.check_same_tensors("weights after pruning", dict(model.named_parameters()), NOT_ALIKE)
     return size
 
 
@@ -249,7 +242,7 @@ def _with_choice(draft: Decision, config: HapConfig, clock: Clock) -> Decision:
     if isinstance(choice, str):
         raise ConfigError(choice)
     choice.log()
-    evidence.processes.check_same("plan", _plain(choice, draft.place), _NOT_ALIKE)
+    evidence.processes.check_same("plan", _plain(choice, draft.place), NOT_ALIKE)
     clock.lap("selection")
     moments, values = around_cut(evidence, config, choice.stage, draft.compensation, clock)
     return replace(
@@ -269,8 +262,10 @@ def around_cut(
     """Return what implants are fitted with, if they are not silent, and the weights that make up for what goes."""
     implanted = {t for g in stage if g.implanted for t in g.ranks}
     wanted = implanted if config.implant_init is ImplantInit.SVD else set()
-    model, batches, processes = evidence.model, evidence.batches, evidence.processes
-    moments = collect_input_moments(model, wanted, batches, processes=processes) if wanted else {}
+    model, processes = evidence.model, evidence.processes
+    moments: Mapping[str, Any] = {}
+    if wanted:
+        moments = collect_input_moments(model, wanted, list(evidence.inputs()), processes=processes)
     clock.lap("calibration")
     values: Mapping[str, Any] = {}
     if config.compensates and compensation is not None:
@@ -290,8 +285,13 @@ def _warn_of_missing_kinds(found: Discovery, config: HapConfig) -> None:
         logger.warning("no %s can be removed, left whole are %s", entry.kind, entry)
 
 
-def _recalibrate(model: nn.Module, batches: Sequence[Batch], processes: Processes) -> None:
+def _recalibrate(model: nn.Module, evidence: Evidence) -> None:
     """Estimate the statistics of batch norms anew, or keep the old ones where the batches do not allow it."""
+    if not any(isinstance(module, BatchNorm) for module in model.modules()):
+        return
+    processes = evidence.processes
+    # All of them first: finding out what a loss calls the model with runs it, and would be counted in.
+    batches = list(evidence.inputs())
     try:
         with processes.agreeing("recalibration"):
             recalibrate_batch_norms_(model, batches, processes=processes)

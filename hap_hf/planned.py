@@ -4,14 +4,16 @@ from dataclasses import replace
 
 from torch.optim import Optimizer
 
+from hap_hf.admission import NOT_IN_STEP
 from hap_hf.checkpoint import check_recordable, record_plan
 from hap_hf.compensation import Compensation
 from hap_hf.config import HapConfig
 from hap_hf.evidence.evidence import Evidence, mean_loss
 from hap_hf.model.bare import check_bare
 from hap_hf.model.rollback import undone_on_error
-from hap_hf.pipeline import NOT_IN_STEP, around_cut, cut_
+from hap_hf.pipeline import around_cut, cut_
 from hap_hf.report import Clock, PruningReport
+from hap_hf.selection import at_the_door
 
 
 def prune_as_planned(
@@ -36,6 +38,7 @@ def prune_as_planned(
         check_bare(model)
         check_recordable(model, planned.plan)
         evidence.processes.check_same_tensors("weights before pruning", dict(model.named_parameters()), NOT_IN_STEP)
+        evidence, config = at_the_door(evidence, config)
         before = mean_loss(evidence)
         compensation = None
         if config.compensates:

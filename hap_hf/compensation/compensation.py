@@ -19,6 +19,7 @@ from hap_hf.curvature import InputListener
 from hap_hf.evidence.evidence import Evidence, mean_loss
 from hap_hf.evidence.memory import in_batches_that_fit
 from hap_hf.evidence.processes import ALONE, Processes
+from hap_hf.evidence.rehearsal import rehearsed
 from hap_hf.model.masking import Units, channels, masked
 from hap_hf.model.values import replaced_values
 from hap_hf.names.actions import PRUNE
@@ -73,6 +74,7 @@ class Compensation:
         readers = readers_of(evidence.model, groups)
         if not readers:  # every layer that reads units makes its weight anew in each pass, or shares it
             return cls(evidence.model, readers, {}, evidence.processes)
+        evidence = rehearsed(evidence)
         paths = [reader.path for reader in readers]
         moments = in_batches_that_fit(
             partial(weighted_moments, paths=paths, num_output_probes=num_output_probes), evidence
@@ -227,6 +229,9 @@ class Compensation:
             BatchError: If there are no batches, or they hold no loss terms.
         """
         gone = [(g.group, g.units(PRUNE)) for g in stage]
+        evidence = rehearsed(
+            evidence
+        )  # with no units silenced: without labels, the dense model's outputs are the targets
         losses = {}
         # Without any compensation first, so that it wins where nothing else is better.
         choices = {math.inf: {}, **dict(zip(FLOORS, self._values_by_floor(gone, FLOORS), strict=True))}

@@ -7,7 +7,16 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from hap_hf.curvature import Directions, Forward, ReadInput, Wanted, accumulation_dtype, ggn_directions, squared
+from hap_hf.curvature import (
+    Directions,
+    Forward,
+    ReadInput,
+    Wanted,
+    accumulation_dtype,
+    ggn_directions,
+    loss_gradient,
+    squared,
+)
 from hap_hf.curvature.batch_loss import check_counts
 from hap_hf.curvature.hvp import listed
 from hap_hf.curvature.input_watch import branch
@@ -25,7 +34,8 @@ def weighted_moments(
     The weight is ``w_t = E ||dL/dx_t||^2`` with the vectors of the generalised Gauss-Newton matrix in place of the
     loss's gradient: the trace of the block of the curvature that belongs to the layer's input at this position. Padding
     and whatever else does not reach the loss count for nothing, and in the last layer of a classifier that reads its
-    first token only that token does.
+    first token only that token does. Where the loss has no curvature in the model's outputs, the gradient itself takes
+    the place of these vectors.
 
     Reference: :func:`~hap_hf.curvature.ggn.estimate_ggn` for the vectors; Martens and Grosse, "Optimizing Neural
     Networks with Kronecker-factored Approximate Curvature", ICML 2015, for taking inputs and curvature apart, there
@@ -43,11 +53,13 @@ def weighted_moments(
     Raises:
         BatchError: If there are no batches, or no loss terms in them.
         CurvatureError: If a derivative is not finite.
-        UnsupportedModelError: As for :func:`~hap_hf.curvature.ggn.estimate_ggn`.
+        UnsupportedModelError: As for :func:`~hap_hf.curvature.ggn.estimate_ggn`, where the loss was not tried.
     """
     model = evidence.model
     weights = {f"{path}.weight": model.get_submodule(path).get_parameter("weight") for path in paths}
-    directions = ggn_directions(evidence.signs, num_output_probes)
+    # Without output curvature the gradients of the labels at hand stand in for it.
+    curved = evidence.facts.no_curvature is None
+    directions = ggn_directions(evidence.signs, num_output_probes) if curved else loss_gradient
     scale, seen, num_terms = evidence.loss_scale(weights), 0, 0
     moments = Moments(paths, evidence.processes)
     with evidence.ready(weights, "compensation", "batch") as tick:
@@ -57,7 +69,7 @@ def weighted_moments(
                 with _watched(model, paths) as read:
                     forward = Forward(model, batch, Wanted(weights, {}, squared), index)
                 found, scale = _position_weights(forward, directions, read, scale)
-                moments.hear(index, batch.num_samples, read, found)
+                moments.hear(index, batch.num_rows, read, found)
             tick()
     counts = evidence.processes.summed(
         "numbers of loss terms", {"counts": torch.tensor([seen, num_terms], device="cpu")}
@@ -84,7 +96,8 @@ class Moments:
 
         Args:
             index: Index of the batch in the share of this process.
-            num_samples: Number of its samples.
+            num_samples: Number of its samples, also of those without a loss of their own: halves only keep together
+                what resembles each other.
             read: The inputs, call by call.
             weights: For each the weight of its positions, in its shape with one channel.
         """

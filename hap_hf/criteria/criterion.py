@@ -51,6 +51,7 @@ class Criterion(ABC):
         listened_to: Whether compensation can be measured in the same backward passes, from the outputs by the model's
             own prediction, of which there are ``num_output_probes`` for each batch: the criterion hands the task's
             listener on.
+        by_samples: Whether they are made of the gradients of single samples.
     """
 
     name: ClassVar[str]
@@ -59,6 +60,28 @@ class Criterion(ABC):
     compensates: ClassVar[bool] = False
     needs_batches: ClassVar[bool] = True
     listened_to: ClassVar[bool] = False
+    by_samples: ClassVar[bool] = True
+
+    def suited(self, evidence: Evidence) -> "Criterion":
+        """Return the criterion that scores on some evidence: this one, unless it has a stand-in for what is missing.
+
+        Called at the door, before anything else is done with the model.
+
+        Args:
+            evidence: What will be scored on, tried by :func:`~hap_hf.evidence.rehearsal.rehearsed`.
+
+        Returns:
+            The criterion.
+        """
+        return self
+
+    def try_out(self, evidence: Evidence) -> None:
+        """Raise what scoring would raise after other work was done, as for derivatives that the loss has not.
+
+        Args:
+            evidence: What will be scored on, tried.
+        """
+        return
 
     @abstractmethod
     def score(self, task: ScoringTask) -> Scores:

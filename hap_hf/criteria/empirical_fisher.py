@@ -3,8 +3,8 @@
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from hap_hf.criteria.criterion import Criterion, ScoringTask, register_criterion
-from hap_hf.criteria.gradients import of_labels, traces
+from hap_hf.criteria.criterion import ScoringTask, register_criterion
+from hap_hf.criteria.gradients import OfLabels, of_labels, traces
 from hap_hf.criteria.scores import Scores
 from hap_hf.criteria.units import Coupling
 from hap_hf.curvature import squared
@@ -13,7 +13,7 @@ from hap_hf.names.checks import member
 
 @register_criterion
 @dataclass(frozen=True, kw_only=True)
-class EmpiricalFisher(Criterion):
+class EmpiricalFisher(OfLabels):
     r"""Score as ``ggn``, with the squared per-sample gradients of the labels at hand.
 
     The trace of the empirical Fisher matrix. It needs the loss's gradient only, so any loss will do, but where the

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from hap_hf.criteria.criterion import Criterion, ScoringTask, register_criterion
+from hap_hf.criteria.criterion import ScoringTask, register_criterion
 from hap_hf.criteria.gradients import OutputProbing, of_model, traces
 from hap_hf.criteria.scores import Scores
 from hap_hf.criteria.units import Coupling
@@ -13,7 +13,7 @@ from hap_hf.names.checks import member
 
 @register_criterion
 @dataclass(frozen=True, kw_only=True)
-class GGN(OutputProbing, Criterion):
+class GGN(OutputProbing):
     r"""Score by the relative trace of the generalised Gauss-Newton matrix G, tr(G_uu) ||w_u||^2 / (2 n_u).
 
     HAP's formula with G for H. Near a minimum the two agree, but the trace of G is a plain sum of squared per-sample

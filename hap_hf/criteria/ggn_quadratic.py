@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar
 
-from hap_hf.criteria.criterion import Criterion, ScoringTask, register_criterion
+from hap_hf.criteria.criterion import ScoringTask, register_criterion
 from hap_hf.criteria.gradients import OutputProbing, half_square, of_model
 from hap_hf.criteria.scores import Scores
 from hap_hf.criteria.units import UnitWeights
@@ -13,7 +13,7 @@ from hap_hf.curvature import times_weights
 
 @register_criterion
 @dataclass(frozen=True, kw_only=True)
-class GGNQuadratic(OutputProbing, Criterion):
+class GGNQuadratic(OutputProbing):
     r"""Score by w_u^T G w_u / 2, the second-order loss increase of setting the unit's weights to zero.
 
     Without the assumption of ``ggn`` that curvature is the same in all directions inside a unit. With gradients

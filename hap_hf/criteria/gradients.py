@@ -5,7 +5,7 @@ from functools import partial
 
 from torch import Tensor
 
-from hap_hf.criteria.criterion import ScoringTask
+from hap_hf.criteria.criterion import Criterion, ScoringTask
 from hap_hf.criteria.scores import Scores
 from hap_hf.criteria.units import Coupling, UnitWeights, roles_of
 from hap_hf.curvature import (
@@ -17,11 +17,13 @@ from hap_hf.curvature import (
     estimate_fisher,
     estimate_ggn,
 )
+from hap_hf.errors import BatchError, UnsupportedModelError
+from hap_hf.evidence.evidence import Evidence
 from hap_hf.names.checks import at_least
 
 
 @dataclass(frozen=True, kw_only=True)
-class OutputProbing:
+class OutputProbing(Criterion):
     """The setting of :func:`of_model`, checked: a criterion that goes back from the outputs derives from it too."""
 
     num_output_probes: int | None = field(
@@ -36,6 +38,36 @@ class OutputProbing:
         """Check the setting."""
         if self.num_output_probes is not None:
             at_least("num_output_probes", self.num_output_probes, 1)
+
+    def suited(self, evidence: Evidence) -> Criterion:
+        """Return this criterion; see :meth:`Criterion.suited`.
+
+        Raises:
+            UnsupportedModelError: If the loss has no curvature in the model's outputs that could be used.
+        """
+        if evidence.facts.no_curvature is not None:
+            raise UnsupportedModelError(f"{evidence.facts.no_curvature}; use method='mask_fisher', {_GRADIENTS}")
+        return super().suited(evidence)
+
+
+class OfLabels(Criterion):
+    """A criterion that is made of the gradients of the labels at hand."""
+
+    def suited(self, evidence: Evidence) -> Criterion:
+        """Return this criterion; see :meth:`Criterion.suited`.
+
+        Raises:
+            BatchError: If there are no labels.
+        """
+        if evidence.facts.own_outputs:
+            raise BatchError(
+                f"the batches hold no labels, and without any every gradient that {self.name} is made of is zero; use "
+                "the default, method='mask_ggn', or add labels"
+            )
+        return super().suited(evidence)
+
+
+_GRADIENTS = "which takes the gradients of any loss"
 
 
 def traces(task: ScoringTask, coupling: Coupling) -> tuple[UnitWeights, ReduceSamples]:

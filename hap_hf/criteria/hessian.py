@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from hap_hf.criteria.criterion import Criterion, ScoringTask, register_criterion
+from hap_hf.criteria.criterion import ScoringTask, register_criterion
 from hap_hf.criteria.probes import Again, Probing, by_probes, scores_of
 from hap_hf.criteria.scores import Scores
 from hap_hf.criteria.units import UnitWeights, roles_of
@@ -11,7 +11,7 @@ from hap_hf.criteria.units import UnitWeights, roles_of
 
 @register_criterion
 @dataclass(frozen=True, kw_only=True)
-class Hessian(Probing, Criterion):
+class Hessian(Probing):
     """Score by the relative Hessian trace, by Hutchinson's estimator.
 
     Reference: Yu et al., "Hessian-Aware Pruning and Optimal Neural Implant", WACV 2022; the formula is

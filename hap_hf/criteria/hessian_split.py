@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from hap_hf.criteria.criterion import Criterion, ScoringTask, register_criterion
+from hap_hf.criteria.criterion import ScoringTask, register_criterion
 from hap_hf.criteria.gradients import OutputProbing
 from hap_hf.criteria.probes import Again, Hvp, Probing, by_probes, check_attention, scores_of
 from hap_hf.criteria.scores import Scores
@@ -17,7 +17,7 @@ from hap_hf.curvature import LinearisedLosses, Wanted, estimate_ggn, rademacher,
 
 @register_criterion
 @dataclass(frozen=True, kw_only=True)
-class HessianSplit(OutputProbing, Probing, Criterion):
+class HessianSplit(OutputProbing, Probing):
     r"""Score by the relative Hessian trace, as ``hessian``, with ``tr(H_uu) = tr(G_uu) + tr(R_uu)``.
 
     The first trace, of the generalised Gauss-Newton matrix, is a sum of squared per-sample gradients, and only the
@@ -34,6 +34,7 @@ class HessianSplit(OutputProbing, Probing, Criterion):
     """
 
     name: ClassVar[str] = "hessian_split"
+    by_samples: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         """Check the settings."""

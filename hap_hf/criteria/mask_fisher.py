@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar
 
-from hap_hf.criteria.criterion import Criterion, ScoringTask, register_criterion
-from hap_hf.criteria.gradients import half_square, of_labels
+from hap_hf.criteria.criterion import ScoringTask, register_criterion
+from hap_hf.criteria.gradients import OfLabels, half_square, of_labels
 from hap_hf.criteria.scores import Scores
 from hap_hf.criteria.units import CONSUMING, UnitWeights
 from hap_hf.curvature import times_weights
@@ -13,7 +13,7 @@ from hap_hf.curvature import times_weights
 
 @register_criterion
 @dataclass(frozen=True, kw_only=True)
-class MaskFisher(Criterion):
+class MaskFisher(OfLabels):
     r"""Score by the mean of ``(dL_n / dm_u)^2 / 2`` over the samples n, with a mask m_u = 1 on what is read of unit u.
 
     The empirical Fisher information of the mask, halved to be the estimated loss increase of setting it to zero. The

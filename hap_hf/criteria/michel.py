@@ -5,8 +5,8 @@ from typing import ClassVar
 
 import torch
 
-from hap_hf.criteria.criterion import Criterion, ScoringTask, register_criterion
-from hap_hf.criteria.gradients import of_labels
+from hap_hf.criteria.criterion import ScoringTask, register_criterion
+from hap_hf.criteria.gradients import OfLabels, of_labels
 from hap_hf.criteria.scores import Scores
 from hap_hf.criteria.units import CONSUMING, UnitWeights
 from hap_hf.curvature import times_weights
@@ -14,7 +14,7 @@ from hap_hf.curvature import times_weights
 
 @register_criterion
 @dataclass(frozen=True, kw_only=True)
-class Michel(Criterion):
+class Michel(OfLabels):
     r"""Score by the mean of ``|dL_n / dm_u|``, divided by its Euclidean norm over the units of the group.
 
     The mask is that of ``mask_fisher``. The norm makes layers comparable, as the paper does, and is taken as

@@ -1,14 +1,15 @@
 """What the criteria share that draw probes of the Hessian."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from functools import partial
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from hap_hf.criteria.criterion import ScoringTask
+from hap_hf.criteria.criterion import Criterion, ScoringTask
 from hap_hf.criteria.scores import Scores
 from hap_hf.criteria.stopping import few_undecided
 from hap_hf.criteria.units import Coupling, UnitWeights
@@ -23,7 +24,9 @@ from hap_hf.curvature import (
 )
 from hap_hf.errors import UnsupportedModelError
 from hap_hf.evidence.evidence import Evidence
+from hap_hf.evidence.memory import is_out_of_memory
 from hap_hf.evidence.precision import Precision
+from hap_hf.evidence.rehearsal import projection_weights
 from hap_hf.host import attention_of
 from hap_hf.model.state import renew_caches
 from hap_hf.names.checks import at_least, member, share
@@ -44,8 +47,10 @@ class Hvp(StrEnum):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Probing:
-    """The settings of Hutchinson's estimator, checked: a criterion that draws probes derives from it too."""
+class Probing(Criterion):
+    """The settings of Hutchinson's estimator, checked: a criterion that draws probes derives from it."""
+
+    by_samples: ClassVar[bool] = False
 
     num_probes: int = field(
         default=8,
@@ -76,6 +81,32 @@ class Probing:
             share("stop_share", self.stop_share)
         object.__setattr__(self, "hvp", member(Hvp, "hvp", self.hvp))
         object.__setattr__(self, "coupling", member(Coupling, "coupling", self.coupling))
+
+    def try_out(self, evidence: Evidence) -> None:
+        """Compute one product with the Hessian of the first batch's loss.
+
+        Args:
+            evidence: What will be scored on.
+
+        Raises:
+            CurvatureError: If there is none.
+            MemoryError: Never, nor others for want of memory: scoring goes on with smaller batches.
+            RuntimeError: Whatever else autograd raises.
+            UnsupportedModelError: If attention runs on a kernel for which that is not known.
+        """
+        exact = self.hvp is not Hvp.FINITE_DIFFERENCE
+        if exact:
+            check_attention(evidence.model)
+        weights = projection_weights(evidence.model)
+        first = replace(evidence, batches=evidence.batches[:1])
+        try:
+            with evidence.ready(weights, "looking at the loss", "batch", twice=exact, checkpointed=not exact):
+                for loss, _ in (pair for pair in first.losses() if pair[1]):
+                    curvature = _curvature(evidence, self.hvp)(0, loss, weights, evidence.loss_scale(weights))
+                    curvature.product(evidence.signs(weights, 0, 0))
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
 
 
 def by_probes(

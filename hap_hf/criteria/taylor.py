@@ -3,8 +3,8 @@
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from hap_hf.criteria.criterion import Criterion, ScoringTask, register_criterion
-from hap_hf.criteria.gradients import of_labels
+from hap_hf.criteria.criterion import ScoringTask, register_criterion
+from hap_hf.criteria.gradients import OfLabels, of_labels
 from hap_hf.criteria.scores import Scores
 from hap_hf.criteria.units import UnitWeights
 from hap_hf.curvature import times_weights
@@ -12,7 +12,7 @@ from hap_hf.curvature import times_weights
 
 @register_criterion
 @dataclass(frozen=True, kw_only=True)
-class Taylor(Criterion):
+class Taylor(OfLabels):
     r"""Score by the first-order change of the loss, ``|<g, w_u>|`` with the gradient g of the mean loss.
 
     The absolute value where the paper has the square: the same ranking, in units of the loss. The gradient is that of

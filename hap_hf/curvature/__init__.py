@@ -3,7 +3,7 @@
 from hap_hf.curvature.finite_difference import FiniteDifference
 from hap_hf.curvature.forward import Directions, Forward, SampleBatch
 from hap_hf.curvature.forward_over_reverse import ForwardOverReverse
-from hap_hf.curvature.ggn import estimate_fisher, estimate_ggn, ggn_directions
+from hap_hf.curvature.ggn import estimate_fisher, estimate_ggn, ggn_directions, loss_gradient
 from hap_hf.curvature.hutchinson import CurvatureOf, DoubleBackward, TraceEstimate, estimate_traces
 from hap_hf.curvature.hvp import accumulation_dtype, differentiable_gradient, hvp
 from hap_hf.curvature.input_watch import InputListener, ReadInput
@@ -40,6 +40,7 @@ __all__ = [
     "estimate_traces",
     "ggn_directions",
     "hvp",
+    "loss_gradient",
     "preserved",
     "rademacher",
     "renew_caches",

@@ -23,12 +23,20 @@ class SampleBatch:
         num_terms: Number of these terms.
         num_samples: Number of samples.
         single: Returns the batch of one of its samples alone.
+        num_listed: Number of samples that its tensors hold, where these have no losses of their own and it counts as
+            a single one.
     """
 
     loss: Callable[[], Tensor]
     num_terms: int
     num_samples: int
     single: Callable[[int], "SampleBatch"]
+    num_listed: int | None = None
+
+    @property
+    def num_rows(self) -> int:
+        """Number of samples that its tensors hold."""
+        return self.num_listed or self.num_samples
 
 
 class Forward:

@@ -141,11 +141,18 @@ def estimate_fisher(
         BatchError: If there are no batches, or no loss terms in them.
         CurvatureError: If a loss or a gradient is not finite, or the loss does not depend on the weights.
     """
-    return SampleMeans(model, wanted, reduce, _loss_gradient, loss_scale, watchable).over(batches, on_batch, total)
+    return SampleMeans(model, wanted, reduce, loss_gradient, loss_scale, watchable).over(batches, on_batch, total)
 
 
-def _loss_gradient(forward: Forward) -> Iterator[Direction]:
-    """Yield the one direction that stands for the gradient of the summed loss terms."""
+def loss_gradient(forward: Forward) -> Iterator[Direction]:
+    """Yield the one direction that stands for the gradient of the summed loss terms.
+
+    Args:
+        forward: A forward pass.
+
+    Yields:
+        The direction.
+    """
     yield 1.0, None
 
 

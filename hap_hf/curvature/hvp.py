@@ -11,8 +11,8 @@ from hap_hf.errors import CurvatureError
 # What autograd says of a backward pass without a derivative: fused kernels, compiled modules, custom operators.
 _NOT_TWICE = ("is not implemented", "double backward", "no autograd formula")
 _ADVICE = (
-    "load the model with attn_implementation='sdpa' or 'eager', and compile it after scoring; or set "
-    "hvp='finite_difference'"
+    "use method='mask_fisher', which takes gradients alone, or set hvp='finite_difference' in the criterion; where it "
+    "is the attention, load the model with attn_implementation='sdpa' or 'eager'; compile a model after scoring"
 )
 
 

@@ -48,9 +48,10 @@ class OutputRoot:
 def output_roots(loss: Tensor, outputs: Mapping[str, Tensor]) -> dict[str, OutputRoot]:
     r"""Return a root of the Hessian of ``loss`` with respect to each output.
 
-    The loss must be a sum of terms of which each reads one position of one output, ``[*positions, classes]``: then its
-    Hessian has one block ``H_t`` a position and no others. What the blocks look like is not guessed from the model,
-    but read off two Hessian-vector products through the loss alone, with a Gaussian v and with ones:
+    The loss must be a sum of terms of which each reads one position of one output, ``[*positions, classes]`` or
+    ``[samples, classes, *positions]``: then its Hessian has one block ``H_t`` a position and no others. What the blocks
+    look like is not guessed from the model, but read off two Hessian-vector products through the loss alone, with a
+    Gaussian v and with ones:
 
     * elementwise losses (squared error, binary cross entropy) have ``H v = (H 1) * v``, so S is the root of ``H 1``;
     * softmax cross entropy has ``H_t = w_t (diag(p_t) - p_t p_t^T)`` whatever the targets: ignored, shifted, smoothed
@@ -75,8 +76,7 @@ def output_roots(loss: Tensor, outputs: Mapping[str, Tensor]) -> dict[str, Outpu
     gradient = differentiable_gradient(loss, outputs)
     if not any(g.requires_grad for g in gradient.values()):
         raise UnsupportedModelError(
-            "expected a loss with curvature in the model's outputs, got one that is linear in them; use "
-            "method='taylor' or 'magnitude'"
+            "expected a loss with curvature in the model's outputs, got one that is linear in them"
         )
     # Gaussian, so that no wrong kind of block fits by accident; ones alone are sent to zero by any softmax's block.
     generator = seeded_generator("output roots")
@@ -92,30 +92,43 @@ def output_roots(loss: Tensor, outputs: Mapping[str, Tensor]) -> dict[str, Outpu
     }
 
 
-def _root(z: Tensor, v: Tensor, product: Tensor, sums: Tensor, blocks: Callable[[], Tensor]) -> OutputRoot:
+def _root(z: Tensor, v: Tensor, product: Tensor, sums: Tensor, blocks: Callable[[int], Tensor]) -> OutputRoot:
     """Return the root of the first kind that ``product``, H v, fits."""
     # A diagonal H is H 1, so H v = (H 1) * v; any entry beside the diagonal breaks this for a Gaussian v.
     # Relative to H v alone: where all softmaxes are saturated, next to nothing is close to anything.
     if _close(sums * v, product, torch.zeros_like(v), z.dtype):
         return _elementwise(sums)
-    logits, v, product = (_classes_last(x) for x in (z, v, product))
-    num_classes = logits.shape[-1]
-    few = logits[..., 0].numel() * num_classes**3 <= _MOST_EIGEN
-    weights = _softmax_weights(logits, v, product)
-    if weights is not None and not few:
-        return _softmax(weights, logits)
-    if weights is not None:
-        p = logits.cpu().double().softmax(-1)
-        return _eigen(weights.cpu()[..., None, None] * (torch.diag_embed(p) - p[..., None] * p[..., None, :]), z)
-    if few and num_classes <= _MOST_PRODUCTS:
-        # The blocks are all of H only if they give the product with v: terms that read two positions would not.
-        found = blocks()
-        if _close((found @ v.to(found.dtype)[..., None])[..., 0], product, v, z.dtype):
-            return _eigen(found.cpu().double(), z)
+    for dim in _class_dims(z):
+        logits, u, moved = (_classes_last(x, dim) for x in (z, v, product))
+        weights = _softmax_weights(logits, u, moved)
+        if weights is not None and not _is_few(logits):
+            return _softmax(weights, logits, dim)
+        if weights is not None:
+            p = logits.cpu().double().softmax(-1)
+            return _eigen(
+                weights.cpu()[..., None, None] * (torch.diag_embed(p) - p[..., None] * p[..., None, :]), z, dim
+            )
+    for dim in _class_dims(z):
+        logits, u, moved = (_classes_last(x, dim) for x in (z, v, product))
+        if _is_few(logits) and logits.shape[-1] <= _MOST_PRODUCTS:
+            # The blocks are all of H only if they give the product with v: terms that read two positions would not.
+            found = blocks(dim)
+            if _close((found @ u.to(found.dtype)[..., None])[..., 0], moved, u, z.dtype):
+                return _eigen(found.cpu().double(), z, dim)
     raise UnsupportedModelError(
         f"expected a loss that is a sum of terms, each of one position of the outputs {list(z.shape)}, and is "
-        "elementwise, softmax cross entropy, or of few classes; got another; use method='hessian'"
+        "elementwise, softmax cross entropy, or of few classes; got another"
     )
+
+
+def _class_dims(z: Tensor) -> list[int]:
+    """Return along which dimensions classes may lie: the last one, as in texts, or the second, as in segmentations."""
+    return [-1, 1] if z.dim() > 2 else [-1]
+
+
+def _is_few(logits: Tensor) -> bool:
+    """Return whether blocks of that many classes, the last dimension, can be decomposed."""
+    return logits[..., 0].numel() * logits.shape[-1] ** 3 <= _MOST_EIGEN
 
 
 def _elementwise(diagonal: Tensor) -> OutputRoot:
@@ -137,7 +150,7 @@ def _softmax_weights(logits: Tensor, v: Tensor, product: Tensor) -> Tensor | Non
     return weights if _close(weights[..., None] * of_softmax, product, v, logits.dtype) else None
 
 
-def _softmax(weights: Tensor, logits: Tensor) -> OutputRoot:
+def _softmax(weights: Tensor, logits: Tensor, dim: int) -> OutputRoot:
     """Return the root of ``w (diag(p) - p p^T)`` with a column for each class, which takes no decomposition."""
     p = logits.to(weights.dtype).softmax(-1)
     root_p, root_w = p.sqrt(), weights.sqrt()[..., None]
@@ -145,30 +158,36 @@ def _softmax(weights: Tensor, logits: Tensor) -> OutputRoot:
     def apply(e: Tensor) -> Tensor:
         chosen = root_p * e
         # The sum over c of e_c sqrt(w p_c) (e_c - p), in one pass over the classes.
-        return root_w * (chosen - p * chosen.sum(-1, keepdim=True))
+        made: Tensor = root_w * (chosen - p * chosen.sum(-1, keepdim=True))
+        return made.movedim(-1, dim)
 
-    return OutputRoot(apply, torch.zeros_like(p))
+    return OutputRoot(apply, torch.zeros_like(p).contiguous())
 
 
-def _blocks(gradient: Mapping[str, Tensor], outputs: Mapping[str, Tensor], name: str) -> Tensor:
+def _blocks(gradient: Mapping[str, Tensor], outputs: Mapping[str, Tensor], name: str, dim: int) -> Tensor:
     """Return the blocks of one output's Hessian, ``[*positions, classes, classes]``, if it has no entries elsewhere."""
     columns = []
-    for c in range(_classes_last(outputs[name]).shape[-1]):
+    for c in range(_classes_last(outputs[name], dim).shape[-1]):
         # One class of all positions: as positions do not meet in H, this is column c of every block.
         vectors = {n: torch.zeros_like(z) for n, z in outputs.items()}
-        _classes_last(vectors[name])[..., c] = 1
-        columns.append(_classes_last(hvp(gradient, outputs, vectors)[name]))
+        _classes_last(vectors[name], dim)[..., c] = 1
+        columns.append(_classes_last(hvp(gradient, outputs, vectors)[name], dim))
     return torch.stack(columns, dim=-1)
 
 
-def _eigen(blocks: Tensor, z: Tensor) -> OutputRoot:
+def _eigen(blocks: Tensor, z: Tensor, dim: int) -> OutputRoot:
     """Return the root of blocks as their eigenvectors times the square roots of their eigenvalues."""
     values, vectors = torch.linalg.eigh((blocks + blocks.mT) / 2)
     root = vectors * _rooted(values)[..., None, :]
     # A block of a softmax has one eigenvalue of zero: a column, and a backward pass, less.
     least = values.amax() * (1e-12 if z.dtype == torch.float64 else 1e-7)
     root = root[..., (values > least).flatten(0, -2).any(0)].to(z.device, accumulation_dtype(z.dtype))
-    return OutputRoot(lambda e: (root @ e[..., None])[..., 0].view(z.shape), torch.zeros_like(root[..., 0, :]))
+
+    def apply(e: Tensor) -> Tensor:
+        made: Tensor = (root @ e[..., None])[..., 0]
+        return made.movedim(-1, dim) if z.dim() > 1 else made.view(z.shape)
+
+    return OutputRoot(apply, torch.zeros_like(root[..., 0, :]).contiguous())
 
 
 def _rooted(values: Tensor) -> Tensor:
@@ -179,14 +198,14 @@ def _rooted(values: Tensor) -> Tensor:
     """
     if values.amin() < -max(1e-2 * values.abs().amax().item(), 1e-10):  # of next to nothing, rounding is a large share
         raise UnsupportedModelError(
-            "expected a loss that is convex in the model's outputs, got one with negative curvature; use "
-            "method='hessian'"
+            "expected a loss that is convex in the model's outputs, got one with negative curvature"
         )
     return values.clamp_min(0).sqrt()
 
 
-def _classes_last(z: Tensor) -> Tensor:
-    return z if z.dim() > 1 else z[:, None]
+def _classes_last(z: Tensor, dim: int) -> Tensor:
+    """Return a view with the dimension of classes last; a number for each position is a class by itself."""
+    return z.movedim(dim, -1) if z.dim() > 1 else z[:, None]
 
 
 def _close(one: Tensor, other: Tensor, v: Tensor, dtype: torch.dtype) -> bool:

@@ -8,22 +8,29 @@ from torch import Tensor, nn
 from torch.autograd.graph import Node
 
 from hap_hf.errors import UnsupportedModelError
+from hap_hf.host import tree_map_only
 
 
 @contextmanager
 def recorded_outputs(model: nn.Module) -> Generator[list[Tensor], None, None]:
     """Collect the tensors that every call of ``model`` inside the block returns.
 
+    What is returned are views of them, of which none is computed from another: a loss of all hidden states then reaches
+    each of them on a path of its own, and not through the later ones.
+
     Args:
         model: The model; calls of modules inside it do not count.
 
     Yields:
-        A list that grows with every call.
+        A list that grows with every call, of the views and of what a loss inside of the model is computed from.
     """
     found: list[Tensor] = []
 
-    def record(module: nn.Module, args: object, output: object) -> None:
-        found.extend(_tensors_in(output))
+    def record(module: nn.Module, args: object, output: object) -> object:
+        seen = [t for t in _tensors_in(output) if t.grad_fn is not None and t.dim()]
+        views = {id(t): t.view_as(t) for t in seen}
+        found.extend([*views.values(), *seen])
+        return tree_map_only(Tensor, lambda t: views.get(id(t), t), output)
 
     handle = model.register_forward_hook(record)
     try:
@@ -79,13 +86,12 @@ def last_before_loss(loss: Tensor, candidates: Sequence[Tensor], weights: Mappin
             if id(leaf) in names:
                 raise UnsupportedModelError(
                     f"expected a loss that is computed from the model's outputs alone, got one that {names[id(leaf)]} "
-                    "reaches in another way; let the model return the outputs that the loss is computed from, or use "
-                    "method='hessian'"
+                    "reaches in another way; let the model return the outputs that the loss is computed from"
                 )
             ahead.extend(node.next_functions)
     if not hits:
         raise UnsupportedModelError(
             "expected a loss that is computed from tensors that the model returns, got none; let the model return its "
-            "logits, or use method='hessian'"
+            "logits"
         )
     return [candidates[i] for i in sorted(hits)]

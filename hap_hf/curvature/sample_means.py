@@ -144,7 +144,7 @@ class SampleMeans:
                 total = total.to(values) + factor * values
                 heard.add(watch.read_weights, factor / self.scale**2)
             if self.listener is not None:
-                self.listener.hear(index, batch.num_samples, watch.read, heard.of(watch.read))
+                self.listener.hear(index, batch.num_rows, watch.read, heard.of(watch.read))
         return total
 
     def _one_by_one(self, batch: SampleBatch, index: int) -> Iterator[Tensor]:

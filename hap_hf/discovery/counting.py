@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from hap_hf.evidence.batches import batch_size, call
 from hap_hf.layers.projection import channel_dim, is_grouped, is_projection
-from hap_hf.model.state import preserved
+from hap_hf.model.state import preserved, restart_random_numbers
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,7 @@ def count(model: nn.Module, batch: Mapping[str, Any]) -> Counts:
     try:
         # The math kernel, so that attention products are matrix products and get counted.
         with preserved(model), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
+            restart_random_numbers(model)
             call(model, batch)
     finally:
         for handle in handles:

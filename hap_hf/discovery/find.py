@@ -7,15 +7,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from hap_hf.discovery.acceptance import accept
 from hap_hf.discovery.counting import Counts, count
 from hap_hf.discovery.families import find_candidates
 from hap_hf.discovery.record import record
 from hap_hf.discovery.whole import LeftWhole
-from hap_hf.errors import BatchError, HapError, UnsupportedModelError
-from hap_hf.evidence.batches import Batch, as_batch, few_samples, move_to_model, shortened
+from hap_hf.errors import HapError, UnsupportedModelError
+from hap_hf.evidence.batches import Batch, as_batch, few_samples, move_to_model, raise_does_not_run, shortened
 from hap_hf.model.bare import check_bare
 from hap_hf.names.group import Group, Kind
 
@@ -87,6 +87,7 @@ def discover(model: nn.Module, batch: Any) -> Discovery:
         What was found.
 
     Raises:
+        HapError: Others of these, of whatever kind.
         UnsupportedModelError: If the model cannot be looked at, or nothing is found.
         BatchError: If ``batch`` holds no tensors, or the model does not run on it.
     """
@@ -98,14 +99,18 @@ def discover(model: nn.Module, batch: Any) -> Discovery:
     try:
         counts = count(model, example)
     except Exception as error:  # the model's own code may raise anything
-        shapes = {k: list(v.shape) for k, v in given.items() if isinstance(v, Tensor)}
-        raise BatchError(
-            f"{type(model).__name__} does not run on the first batch, {shapes}: {error}; pass batches like those it "
-            "was trained on"
-        ) from error
+        raise_does_not_run(model, given, error)
     few = shortened(example)
     found = None if few is None else _on_few(model, few, example, counts)
-    return found or _on(model, example, counts)
+    try:
+        return found or _on(model, example, counts)
+    except HapError:
+        raise
+    except Exception as error:  # the model's own code, with its layers cut open, and what autograd says of it
+        raise UnsupportedModelError(
+            f"{type(model).__name__} cannot be looked at, as its code fails once its layers are cut open for "
+            f"gradients: {type(error).__name__}: {error}; it stays as it is"
+        ) from error
 
 
 def _on_few(model: nn.Module, few: Batch, example: Batch, counts: Counts) -> Discovery | None:

@@ -22,7 +22,7 @@ from hap_hf.evidence.batches import call
 from hap_hf.host import call_hooks, own_buffers, tree_leaves, tree_map_only
 from hap_hf.layers.norms import followers, keeps_statistics
 from hap_hf.layers.projection import channel_dim, is_grouped, is_projection
-from hap_hf.model.state import preserved
+from hap_hf.model.state import preserved, restart_random_numbers
 
 logger = logging.getLogger(__name__)
 
@@ -120,6 +120,7 @@ def _run(model: nn.Module, batch: Mapping[str, Any], recording: Recording, dtype
         for name, module in model.named_modules()
         if keeps_statistics(module)
     ]
+    restart_random_numbers(model)
     try:
         example = tree_map_only(Tensor, lambda t: t.to(dtype) if t.is_floating_point() else t, dict(batch))
         output = call(model, example)

@@ -22,7 +22,7 @@ from hap_hf.errors import PlanMismatchError, UnsupportedModelError
 from hap_hf.evidence.batches import call
 from hap_hf.layers.projection import channel_dim
 from hap_hf.model.masking import channels, masked
-from hap_hf.model.state import renew_caches
+from hap_hf.model.state import renew_caches, restart_random_numbers
 from hap_hf.names.actions import KEEP, PRUNE
 from hap_hf.names.group import Group, Role
 from hap_hf.names.plan import GroupPlan, PruningPlan
@@ -119,6 +119,7 @@ class Trial:
     def _run(self, watched: Sequence[str], mask: Sequence[tuple[Group, list[int]]]) -> list[Tensor]:
         """Return the outputs of the watched layers and of the model, with some units masked."""
         renew_caches(self._model)  # filled with other sizes, before or by the last run
+        restart_random_numbers(self._model)  # two runs with other random numbers would never agree
         seen: list[Tensor] = []
         made = channels(mask, {Role.PRODUCER, Role.FACTOR})
 

@@ -3,8 +3,8 @@
 import math
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 from itertools import islice
 from typing import Any, Self
 
@@ -15,11 +15,12 @@ from tqdm.auto import tqdm  # type: ignore[import-untyped]
 from hap_hf.curvature import SampleBatch, rademacher
 from hap_hf.curvature.batch_loss import check_counts
 from hap_hf.errors import BatchError, ConfigError, UnsupportedModelError
-from hap_hf.evidence.batches import Batch, as_batch, batch_size
+from hap_hf.evidence.batches import OWN_OUTPUTS, Batch, as_batch, as_given, called_with
+from hap_hf.evidence.facts import Facts
 from hap_hf.evidence.losses import LossFunction, batch_losses, model_loss
 from hap_hf.evidence.precision import Precision
 from hap_hf.evidence.processes import ALONE, Processes
-from hap_hf.host import tree_map_only
+from hap_hf.evidence.samples import num_samples
 from hap_hf.model.state import preserved
 from hap_hf.names.checks import at_least, member
 
@@ -33,22 +34,26 @@ class Evidence:
 
     Args:
         model: The model, which every measurement leaves as found.
-        batches: Keyword arguments of its forward with labels; each counts by its number of loss terms, see
+        batches: What the loss takes, with labels; each counts by its number of loss terms, see
             :func:`~hap_hf.evidence.losses.count_loss_terms`.
         loss_fn: Mean loss of a model over a batch's loss terms.
         precision: Arithmetic of the forward pass and its derivatives.
         seed: Seed of random signs and probes.
         progress: Whether to show progress bars.
         processes: The processes that measure together, with the same results; ``batches`` are the share of this one.
+        given_loss: Whether the loss is the user's, which takes batches as they came.
+        facts: What is known of the loss on these batches: nothing, until it was tried.
     """
 
     model: nn.Module
-    batches: Sequence[Batch]
+    batches: Sequence[Any]
     loss_fn: LossFunction = model_loss
     precision: Precision = Precision.FP32
     seed: int = 0
     progress: bool = True
     processes: Processes = ALONE
+    given_loss: bool = False
+    facts: Facts = field(default_factory=Facts)
 
     @classmethod
     def of(
@@ -67,10 +72,11 @@ class Evidence:
 
         Args:
             model: The model, neither wrapped, compiled nor quantized.
-            batches: Mappings as a Hugging Face collator gives them, or pairs of inputs and labels. They are drawn
-                once, and kept: all stages see the same ones.
-            loss_fn: Loss of a model on a batch, a scalar; by default ``model(**batch).loss``, or the cross-entropy of
-                what returns logits alone.
+            batches: Mappings as a Hugging Face collator gives them, pairs of inputs and labels, or inputs alone; with
+                ``loss_fn`` whatever that takes. They are drawn once, and kept: all stages see the same ones.
+            loss_fn: Loss of a model on a batch as it came, a scalar; by default ``model(**batch).loss``, or the
+                cross-entropy of what returns logits alone. Without labels it is how far the outputs are from those
+                of the dense model.
             precision: Arithmetic of the forward pass and its derivatives.
             seed: Seed of random signs and probes.
             max_batches: Use at most this many batches; None for all.
@@ -92,7 +98,11 @@ class Evidence:
         if isinstance(loss_fn, nn.Module):
             raise ConfigError(
                 f"loss_fn is called with the model and a batch, got a {type(loss_fn).__name__}, which takes outputs "
-                "and labels; write loss_fn=lambda model, batch: criterion(model(batch['x']), batch['labels'])"
+                "and labels; write loss_fn=lambda model, batch: criterion(model(batch[0]), batch[1]) for pairs"
+            )
+        if isinstance(batches, Tensor):
+            raise BatchError(
+                f"expected several batches, got one tensor of shape {list(batches.shape)}; put it in a list"
             )
         if isinstance(batches, Mapping):
             raise BatchError(f"expected several batches, got one with {sorted(map(str, batches))}; put it in a list")
@@ -101,9 +111,13 @@ class Evidence:
         if max_batches is not None:
             at_least("max_batches", max_batches, 1)
         at_least("seed", seed, 0)
-        drawn = [as_batch(model, batch, index) for index, batch in enumerate(islice(batches, max_batches))]
+        drawn = [
+            as_batch(model, batch, index) if loss_fn is None else as_given(batch, index)
+            for index, batch in enumerate(islice(batches, max_batches))
+        ]
         arithmetic = member(Precision, "precision", precision)
-        return cls(model, drawn, loss_fn or model_loss, arithmetic, seed, progress, processes)
+        given = loss_fn is not None
+        return cls(model, drawn, loss_fn or model_loss, arithmetic, seed, progress, processes, given)
 
     def check_made_with(self, precision: Precision, seed: int) -> None:
         """Check that a config asks for what this was made with, which is what counts.
@@ -122,17 +136,20 @@ class Evidence:
                     "config.evidence(model, batches)"
                 )
 
-    @property
+    @cached_property
     def example(self) -> Batch:
-        """The first batch of the first process.
+        """What the model is called with for the first batch of the first process.
 
         Raises:
             BatchError: If there is none.
         """
         # The same in all processes, so that all of them find the same groups.
-        found = self.processes.first("example", self.batches[0] if self.batches else None)
+        found = self.processes.first("example", next(self.inputs(), None))
         if found is None:
-            raise BatchError("expected at least one batch to score on, got none; pass batches with labels")
+            raise BatchError(
+                "expected at least one batch, got none: the model is run on it to see what can be removed; pass a list "
+                "of batches, or a loader that has not run out"
+            )
         return found
 
     @contextmanager
@@ -210,38 +227,45 @@ class Evidence:
         Returns:
             The pairs.
         """
-        return batch_losses(self.model, self.batches, self.loss_fn, self.precision)
+        return batch_losses(
+            self.model, self.batches, self.loss_fn, self.precision, terms=self.facts.terms, seed=self.seed
+        )
 
-    def samples(self) -> Iterator[SampleBatch]:
-        """Yield the batches so that their samples can also be computed alone.
+    def inputs(self) -> Iterator[Batch]:
+        """Yield for each batch what the model is called with.
 
         Yields:
-            The batches.
+            Keyword arguments of its forward.
+        """
+        for index, batch in enumerate(self.batches):
+            yield self._inputs_of(batch, index)
+
+    def _inputs_of(self, batch: Any, index: int) -> Batch:
+        if not self.given_loss:
+            return {name: value for name, value in batch.items() if name != OWN_OUTPUTS}
+        # A loss may read what the model does not, and call the model as no batch would tell.
+        ((loss, _),) = replace(self, batches=[batch]).losses()
+        with preserved(self.model, dict(self.model.named_parameters())), torch.enable_grad():
+            found = called_with(self.model, loss)
+        return as_batch(self.model, batch, index) if found is None else found
+
+    def samples(self) -> Iterator[SampleBatch]:
+        """Yield the batches so that their samples can also be computed alone, as far as they have losses of their own.
+
+        Yields:
+            The batches; with one sample each where the loss of a batch is not made up of those of its samples.
         """
         # One by one, so that whoever remembers which batch is at hand sees this one while it is measured.
         for batch in self.batches:
             ((loss, num_terms),) = replace(self, batches=[batch]).losses()
-            size = num_samples(batch)
-            yield SampleBatch(loss, num_terms, size, partial(self._single, batch, size))
+            listed = num_samples(batch)
+            size = listed if self.facts.adds_up else 1
+            yield SampleBatch(loss, num_terms, size, partial(self._single, batch), listed)
 
-    def _single(self, batch: Batch, size: int, n: int) -> SampleBatch:
-        """Return the batch of sample n of ``size`` alone."""
-        # What has another size, as a table for all samples, goes along whole. A slice keeps the dimension of samples.
-        one = tree_map_only(Tensor, lambda t: t[n : n + 1] if t.dim() and t.shape[0] == size else t, dict(batch))
+    def _single(self, batch: Any, n: int) -> SampleBatch:
+        """Return the batch of sample n alone."""
+        one = self.facts.part_of(batch, slice(n, n + 1)) if self.facts.adds_up else batch
         return next(replace(self, batches=[one]).samples())
-
-
-def num_samples(batch: Batch) -> int:
-    """Return the number of samples of a batch with labels: their leading size, or that of its first tensor.
-
-    Args:
-        batch: Keyword arguments of the model's forward.
-
-    Returns:
-        The number.
-    """
-    labels = batch.get("labels")
-    return labels.shape[0] if isinstance(labels, Tensor) and labels.dim() else batch_size(batch)
 
 
 def mean_loss(evidence: Evidence) -> float:

@@ -4,16 +4,14 @@ import gc
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
 
 from hap_hf.errors import BatchError
-from hap_hf.evidence.batches import Batch
-from hap_hf.evidence.evidence import Evidence, num_samples
-from hap_hf.host import tree_leaves, tree_map_only
+from hap_hf.evidence.evidence import Evidence
+from hap_hf.evidence.facts import Facts
+from hap_hf.evidence.samples import num_samples
 
 T = TypeVar("T")
 
@@ -44,7 +42,7 @@ def in_batches_that_fit(measure: Callable[[Evidence], T], evidence: Evidence) ->
     most: int | None = None
     known = evidence.processes.num_exchanges  # what was exchanged before need not be exchanged anew
     while True:
-        parts = _Parts(evidence.batches, most)
+        parts = _Parts(evidence.batches, evidence.facts, most)
         try:
             return measure(replace(evidence, batches=parts))
         except (RuntimeError, MemoryError) as error:
@@ -52,7 +50,7 @@ def in_batches_that_fit(measure: Callable[[Evidence], T], evidence: Evidence) ->
                 raise
             if evidence.processes.num_exchanges > known:  # others go on from there, and would wait for the rest
                 raise
-            most = _half(parts.current, error)
+            most = _half(parts.current, evidence.facts, error)
             logger.warning(
                 "out of memory while scoring a batch of %d samples; starting anew with at most %d a batch (%s)",
                 num_samples(parts.current),
@@ -79,7 +77,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(text in str(error) for text in _OUT_OF_MEMORY)
 
 
-def _half(batch: Batch, error: Exception) -> int:
+def _half(batch: Any, facts: Facts, error: Exception) -> int:
     """Return half the number of samples of ``batch``, rounded up.
 
     Raises:
@@ -91,29 +89,28 @@ def _half(batch: Batch, error: Exception) -> int:
             "out of memory while scoring a single sample, so no smaller batch is left to try; use shorter or smaller "
             "samples, precision='bf16', a method without second derivatives (method='taylor'), or exclude some groups"
         ) from error
-    sizes = {t.shape[0] for t in tree_leaves(dict(batch)) if isinstance(t, Tensor) and t.dim()}
-    # Tensors with a single row serve all samples and stay whole.
-    if not sizes <= {1, size}:
+    if not facts.adds_up:
         raise BatchError(
-            f"out of memory while scoring a batch of {size} samples, which cannot be cut in halves as its tensors have "
-            f"{sorted(sizes)} rows; pass smaller batches"
+            f"out of memory while scoring a batch of {size} samples, which cannot be cut in halves as its loss is not "
+            "made up of those of its samples; pass smaller batches"
         ) from error
     return (size + 1) // 2
 
 
-class _Parts(Sequence[Batch]):
+class _Parts(Sequence[Any]):
     """Batches cut into parts, which remember the one that is being measured on.
 
     Args:
         batches: The batches as they were given.
+        facts: How they fall into samples.
         most: Most samples of a part; None to leave batches whole.
     """
 
-    def __init__(self, batches: Sequence[Batch], most: int | None) -> None:
-        self._parts = [part for batch in batches for part in ([batch] if most is None else _cut(batch, most))]
-        self.current: Batch | None = None
+    def __init__(self, batches: Sequence[Any], facts: Facts, most: int | None) -> None:
+        self._parts = [part for batch in batches for part in ([batch] if most is None else _cut(batch, facts, most))]
+        self.current: Any = None
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[Any]:
         """Iterate over the parts, and remember the current one."""
         for part in self._parts:
             self.current = part
@@ -129,13 +126,7 @@ class _Parts(Sequence[Batch]):
         return self._parts[index]
 
 
-def _cut(batch: Batch, most: int) -> Iterator[Batch]:
+def _cut(batch: Any, facts: Facts, most: int) -> Iterator[Any]:
     """Yield parts of a batch with at most so many samples."""
-    size = num_samples(batch)
-    for start in range(0, size, most):
-        part: dict[str, Any] = tree_map_only(Tensor, partial(_rows, size, slice(start, start + most)), dict(batch))
-        yield part
-
-
-def _rows(size: int, rows: slice, tensor: Tensor) -> Tensor:
-    return tensor[rows] if tensor.dim() and tensor.shape[0] == size else tensor
+    for start in range(0, num_samples(batch), most):
+        yield facts.part_of(batch, slice(start, start + most))

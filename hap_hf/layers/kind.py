@@ -229,8 +229,12 @@ def kind_of(module: nn.Module) -> LayerKind | None:
         module: Any module.
 
     Returns:
-        The kind, or None where its type is not registered.
+        The kind, or None where its type is not registered, or its weight is made anew by a hook before each call, as
+        ``torch.nn.utils.weight_norm`` does.
     """
+    # Hooks of that kind leave a plain tensor among the module's attributes.
+    if isinstance(vars(module).get("weight"), Tensor):
+        return None
     return kind_of_class(type(module))
 
 

@@ -1,8 +1,10 @@
 """Leaving a model exactly as it was found."""
 
+import random
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager, nullcontext
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -27,7 +29,7 @@ def preserved(
     the math kernel, the only one that can be differentiated twice and that a counter sees into, and activations are not
     checkpointed, as reentrant checkpoints hide weights from ``torch.autograd.grad``; each can be left as it is.
     Afterwards training flags, ``requires_grad``, ``.grad``, buffers, checkpointing flags and
-    torch's global random states are those from before, also after an exception or Ctrl-C.
+    the global random states of torch, numpy and Python are those from before, also after an exception or Ctrl-C.
 
     Args:
         model: Any model.
@@ -46,7 +48,7 @@ def preserved(
     values = {id(b): b.detach().clone() for own in buffers for b in own.values() if b is not None}
     gradients = [(p.requires_grad, p.grad) for p in parameters]
     wanted = {id(t) for t in (tensors or {}).values()}
-    devices = sorted({p.device.index for p in parameters if p.device.type == "cuda"})
+    python, legacy = random.getstate(), np.random.get_state()  # ruff: ignore[numpy-legacy-random]
     try:
         renew_caches(model)
         model.eval()
@@ -55,9 +57,14 @@ def preserved(
         for p in parameters:
             p.requires_grad_(id(p) in wanted)
             p.grad = None  # a loss that calls backward() must not add to the gradients found
-        with torch.random.fork_rng(devices), sdpa_kernel(SDPBackend.MATH) if plain_attention else nullcontext():
+        with (
+            torch.random.fork_rng(_cuda_devices(model)),
+            sdpa_kernel(SDPBackend.MATH) if plain_attention else nullcontext(),
+        ):
             yield
     finally:
+        random.setstate(python)
+        np.random.set_state(legacy)  # ruff: ignore[numpy-legacy-random]
         renew_caches(model)
         for module, flag, own in zip(modules, training, buffers, strict=True):
             module.training = flag
@@ -72,6 +79,28 @@ def preserved(
         for p, (requires_grad, grad) in zip(parameters, gradients, strict=True):
             p.requires_grad_(requires_grad)
             p.grad = grad
+
+
+def restart_random_numbers(model: nn.Module, seed: int = 0) -> None:
+    """Let the global random numbers of torch, numpy and Python begin anew, for what draws some in eval mode too.
+
+    Models choose patches or points at random (ViLT, Mask2Former); two runs are only comparable with the same choice.
+    To be called where :func:`preserved` puts the states back.
+
+    Args:
+        model: The model that may draw them.
+        seed: Where they begin.
+    """
+    # Only on devices of the model, whose states are put back.
+    torch.default_generator.manual_seed(seed)
+    for index in _cuda_devices(model):
+        torch.cuda.default_generators[index].manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # ruff: ignore[numpy-legacy-random]
+
+
+def _cuda_devices(model: nn.Module) -> list[int]:
+    return sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
 
 
 def renew_caches(model: nn.Module) -> None:

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from hap_hf.errors import BatchError
 from hap_hf.evidence.batches import as_batch, batch_size, call, move_to_model
-from hap_hf.model.state import preserved
+from hap_hf.model.state import preserved, restart_random_numbers
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,7 @@ def measure_size(model: nn.Module, batch: Any) -> ModelSize:
     counter = FlopCounterMode(display=False)
     # The counter knows operators: a fused one would count as nothing.
     with preserved(model), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), _without_fused_layers(), counter:
+        restart_random_numbers(model)
         call(model, move_to_model(model, batch))
     # The counter counts a multiply-accumulate as two operations.
     return ModelSize(sum(p.numel() for p in model.parameters()), counter.get_total_flops() / 2 / batch_size(batch))

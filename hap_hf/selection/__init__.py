@@ -1,5 +1,6 @@
 """Which units go: one ranking of all units, cut at a ratio or at a budget, in one round or several."""
 
+from hap_hf.selection.door import at_the_door
 from hap_hf.selection.make import make_plan, select_groups
 from hap_hf.selection.passes import measure_and_score, score_groups, score_in_passes
 from hap_hf.selection.rounds import Ramp, Round, config_of_round
@@ -7,6 +8,7 @@ from hap_hf.selection.rounds import Ramp, Round, config_of_round
 __all__ = [
     "Ramp",
     "Round",
+    "at_the_door",
     "config_of_round",
     "make_plan",
     "measure_and_score",

@@ -2,7 +2,8 @@
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 
@@ -12,12 +13,14 @@ from hap_hf.compensation import Compensation
 from hap_hf.config import HapConfig
 from hap_hf.criteria import Scores, ScoringTask
 from hap_hf.curvature import InputListener, Watchable
+from hap_hf.errors import CurvatureError, HapError
 from hap_hf.evidence.evidence import Evidence
 from hap_hf.evidence.memory import in_batches_that_fit
 from hap_hf.model.masking import masked
 from hap_hf.names.actions import PRUNE
 from hap_hf.names.group import Group
 from hap_hf.names.plan import GroupPlan
+from hap_hf.selection.door import at_the_door
 from hap_hf.selection.make import choose, select_groups
 
 logger = logging.getLogger(__name__)
@@ -40,15 +43,15 @@ def measure_and_score(
     if not config.criterion.listened_to:
         num_output_probes = getattr(config.criterion, "num_output_probes", 1)
         return Compensation.measure(evidence, groups, num_output_probes=num_output_probes), None
-    evidence.check_made_with(config.precision, config.seed)
     start = time.perf_counter()
 
     def score(fitting: Evidence, listener: InputListener) -> Scores:
         task = ScoringTask(fitting, tuple(groups), config.asked, config.per, watchable, listener)
         return config.criterion.score(task)
 
-    compensation, scores = Compensation.while_scoring(evidence, groups, score)
-    return compensation, replace(scores, seconds=time.perf_counter() - start)
+    with _named(evidence, config):
+        compensation, scores = Compensation.while_scoring(evidence, groups, score)
+    return compensation, replace(_that_differ(scores, config), seconds=time.perf_counter() - start)
 
 
 def score_in_passes(
@@ -109,7 +112,8 @@ def score_in_passes(
 def score_groups(evidence: Evidence, groups: Sequence[Group], config: HapConfig) -> Scores:
     """Return the sensitivity of every unit by ``config.method``; the model is left exactly as found.
 
-    When memory runs out, a warning says so and scoring starts anew with batches cut in halves.
+    What the loss and the batches are like is tried first, see :func:`~hap_hf.selection.door.at_the_door`. When memory
+    runs out, a warning says so and scoring starts anew with batches cut in halves.
 
     Args:
         evidence: What to score on. Criteria that look at the weights alone need no batches.
@@ -122,20 +126,50 @@ def score_groups(evidence: Evidence, groups: Sequence[Group], config: HapConfig)
     Raises:
         BatchError: If there are no batches, they hold no labels or no loss terms, or a single sample does not fit.
         ConfigError: If the evidence was made with another precision or seed than the config's.
-        CurvatureError: If a loss or a derivative is not finite, or does not depend on the weights.
+        CurvatureError: If a loss or a derivative is not finite, or does not depend on the weights, all scores are zero,
+            or the model's own code fails while it is differentiated.
         UnsupportedModelError: If there are no groups, they do not fit the model, or the method does not fit the loss.
     """
+    evidence, config = at_the_door(evidence, config)
     return _scored(evidence, groups, config, Watchable())
 
 
 def _scored(evidence: Evidence, groups: Sequence[Group], config: HapConfig, watchable: Watchable) -> Scores:
-    evidence.check_made_with(config.precision, config.seed)
+    """Return the scores on evidence that came through the door."""
     start = time.perf_counter()
 
     def score(fitting: Evidence) -> Scores:
         return config.criterion.score(ScoringTask(fitting, tuple(groups), config.asked, config.per, watchable))
 
-    return replace(in_batches_that_fit(score, evidence), seconds=time.perf_counter() - start)
+    with _named(evidence, config):
+        scores = in_batches_that_fit(score, evidence)
+    return replace(_that_differ(scores, config), seconds=time.perf_counter() - start)
+
+
+@contextmanager
+def _named(evidence: Evidence, config: HapConfig) -> Generator[None]:
+    """Let what autograd says of the model's own code be an error that names what was done."""
+    try:
+        yield
+    except HapError:
+        raise
+    except RuntimeError as error:
+        raise CurvatureError(
+            f"{type(evidence.model).__name__} cannot be scored by {config.criterion.name}: {type(error).__name__}: "
+            f"{error}; method='magnitude' looks at the weights alone"
+        ) from error
+
+
+def _that_differ(scores: Scores, config: HapConfig) -> Scores:
+    """Return the scores if they are not all zero."""
+    every = torch.cat(list(scores.sensitivity.values()))
+    if config.criterion.needs_batches and not every.any():
+        raise CurvatureError(
+            f"all {len(every)} scores of {config.criterion.name} are zero, so that nothing tells which units matter: "
+            "the model is certain of every sample of these batches, or their loss does not depend on what could be "
+            "removed; pass batches of which it is less certain, or use method='magnitude'"
+        )
+    return scores
 
 
 def _merged(before: Scores, now: Scores, plan: Sequence[GroupPlan], number: int) -> Scores:

@@ -22,7 +22,7 @@ from hap_hf.selection import Ramp, Round
 from hap_hf.trainer.best_model import forget_best_
 from hap_hf.trainer.compiled import check_compiled
 from hap_hf.trainer.distributed import check_arguments, check_wrapping, processes_of, rewrap_
-from hap_hf.trainer.evidence import training_evidence
+from hap_hf.trainer.evidence import kept, look_ahead, training_evidence
 from hap_hf.trainer.freezing import check_beginning, check_freezing, freeze_the_rest_
 from hap_hf.trainer.growing import GrowingReg
 from hap_hf.trainer.growth import Growth, begin_growth, check_growing
@@ -118,7 +118,7 @@ class HessianPruner(Shrinks, ExportableState):
         self.train_only_implants = train_only_implants
         self.also_train = check_freezing(self.config, train_only_implants, also_train)
         self.reports: list[PruningReport] = []
-        self._batches = batches
+        self._batches = kept(batches, self.config.max_batches)
         self._loss_fn = loss_fn
         self._start: float | None = None
 
@@ -154,8 +154,11 @@ class HessianPruner(Shrinks, ExportableState):
         settings = {**settings.pop("config"), **settings}
         processes.check_same("settings of HessianPruner", settings, "start every process with the same script")
         self._freeze_if_done(**kwargs)
+        reached = state.global_step if self.step is not None else int(state.epoch or 0)
+        if self._done < self.num_rounds and reached < self._timing.due(self._done + 1, state.max_steps):
+            look_ahead(trainer, self.config, kwargs["train_dataloader"], self._batches, self._loss_fn)
         # Rounds between a checkpoint and its next step come here too: those of an epoch's end come after its last save.
-        self._round_if_due(state.global_step if self.step is not None else int(state.epoch or 0), args, state, **kwargs)
+        self._round_if_due(reached, args, state, **kwargs)
 
     def _check_schedule(self, args: TrainingArguments, state: TrainerState, **kwargs: Any) -> None:
         """Check that there is time for all rounds, and let the learning rate begin anew after each."""

@@ -1,6 +1,6 @@
 """What a training lets its model be scored on, and what has to be out of the way meanwhile."""
 
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import islice
@@ -9,6 +9,7 @@ from typing import Any, cast
 from torch import nn
 from transformers import Trainer
 
+from hap_hf.admission import check_prunable
 from hap_hf.config import HapConfig
 from hap_hf.evidence.evidence import Evidence
 from hap_hf.evidence.losses import LossFunction
@@ -24,6 +25,8 @@ def training_evidence(
     loader: Any,
     given: Iterable[Mapping[str, Any]] | None,
     loss_fn: LossFunction | None,
+    *,
+    tell: bool = True,
 ) -> Generator[tuple[Evidence, HapConfig]]:
     """Let the model of a training be scored, and pruned, inside the block.
 
@@ -35,12 +38,13 @@ def training_evidence(
         loader: Its training data.
         given: Batches to score on instead of the training data.
         loss_fn: Loss to score with instead of the Trainer's.
+        tell: Whether to tell these callbacks: not where the model is only looked at.
 
     Yields:
         What is measured on, and the settings as they are for this process.
     """
     model = cast(nn.Module, trainer.model)
-    for callback in trainer.callback_handler.callbacks:
+    for callback in trainer.callback_handler.callbacks if tell else ():
         if hasattr(callback, "before_pruning"):
             callback.before_pruning(trainer)
     with uncompiled(trainer), without_autocast(model), pruning_together(trainer, model) as processes:
@@ -54,3 +58,38 @@ def training_evidence(
         with processes.agreeing("drawing batches"):
             evidence = config.evidence(model, batches, loss_fn=loss_fn or trainer_loss(trainer), processes=processes)
         yield evidence, config
+
+
+def look_ahead(
+    trainer: Trainer,
+    config: HapConfig,
+    loader: Any,
+    given: Iterable[Mapping[str, Any]] | None,
+    loss_fn: LossFunction | None,
+) -> None:
+    """Raise what a round would raise before it scores: by then training steps would be lost.
+
+    Args:
+        trainer: The Trainer, at the beginning of a training.
+        config: How much to prune and how.
+        loader: Its training data, of which one batch is drawn.
+        given: Batches to score on instead of the training data.
+        loss_fn: Loss to score with instead of the Trainer's.
+    """
+    one = replace(config, max_batches=1, progress=False)
+    found = training_evidence(trainer, one, loader, given, loss_fn, tell=False)
+    with found as (evidence, settings), evidence.processes.agreeing("a look at the model"):
+        check_prunable(evidence, settings)
+
+
+def kept(batches: Iterable[Any] | None, most: int | None) -> Iterable[Any] | None:
+    """Return batches that each round, and a look before the first one, can begin anew with.
+
+    Args:
+        batches: What was handed in, perhaps an iterator.
+        most: How many of it are used.
+
+    Returns:
+        A list in place of an iterator.
+    """
+    return list(islice(batches, most)) if isinstance(batches, Iterator) else batches

@@ -55,8 +55,8 @@ def test_single_samples_take_turns_as_before() -> None:
     assert_equal(compensation.moments, apart.moments)
 
 
-class Mixing(nn.Module):
-    """A classifier in which a weight is used outside of its layer too, so that samples are differentiated alone."""
+class PositionsFirst(nn.Module):
+    """A classifier whose layers have samples in their second dimension, so that samples are differentiated alone."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -64,22 +64,22 @@ class Mixing(nn.Module):
         self.norm = nn.LayerNorm(3)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return logits, of which each is moved by the mean over the samples of the batch."""
-        z = self.norm(x + self.down(torch.tanh(self.up(x))))
-        return z - 0.3 * z.mean(0)
+        """Return logits, the mean over positions."""
+        h = x.transpose(0, 1)
+        return self.norm(h + self.down(torch.tanh(self.up(h)))).mean(0)
 
 
-def test_where_samples_are_mixed_it_takes_a_pass_of_its_own() -> None:
+def test_where_layers_do_not_tell_samples_apart_it_takes_a_pass_of_its_own() -> None:
     torch.manual_seed(0)
-    model = Mixing().double().eval()
-    batch = {"x": torch.randn(4, 3, dtype=torch.float64), "labels": torch.tensor([0, 1, 2, 1])}
+    model = PositionsFirst().double().eval()
+    batch = {"x": torch.randn(4, 5, 3, dtype=torch.float64), "labels": torch.tensor([0, 1, 2, 1])}
     compensation, scores, apart, plain = both(model, [batch], None, kinds=("ffn",))
     assert_equal(compensation.moments, apart.moments)
     assert_equal(scores.sensitivity, plain.sensitivity)
 
 
 def test_a_decision_checks_single_samples_once_and_runs_the_model_as_often_as_it_must() -> None:
-    """Four passes over two batches, one sample alone, and four trials of what makes up for units."""
+    """A look at two batches, four passes over them, one sample alone, and four trials of what makes up for units."""
     model = bert().eval()
     wanted = config(method="mask_ggn", prune_ratio=0.5)
     evidence = evidence_of(model, [TEXT, TEXT], num_output_probes=1)
@@ -92,4 +92,4 @@ def test_a_decision_checks_single_samples_once_and_runs_the_model_as_often_as_it
 
     with mock.patch.object(Forward, "__init__", counting):
         decide(evidence, wanted)
-    assert runs == [6, 1, 6] + [6, 6] * 3
+    assert runs == [1, 1] + [6, 1, 6] + [6, 6] * 3  # a look is at a batch as a whole

@@ -83,15 +83,17 @@ def test_gradient_checkpointing_does_not_matter_and_stays_on() -> None:
 
 
 def test_batches_without_labels_are_an_error() -> None:
-    with pytest.raises(BatchError, match=r"Net returned no loss for a batch with \['x'\]: the batches hold no labels"):
-        score(net(), [FFN], [{"x": BATCH["x"]}], config())
+    with pytest.raises(
+        BatchError, match=r"hold no labels, and without any every gradient that taylor is made of is zero"
+    ):
+        score(net(), [FFN], [{"x": BATCH["x"]}], config(method="taylor"))
 
 
 def test_a_model_that_returns_a_dict_without_loss_is_an_error() -> None:
     model = net()
-    model.forward = lambda x: {"logits": x}
+    model.forward = lambda x, labels: {"hidden": x}
     with pytest.raises(BatchError, match="returned no loss"):
-        score(model, [FFN], [{"x": BATCH["x"]}], config())
+        score(model, [FFN], [BATCH], config())
 
 
 def test_no_batches_are_an_error() -> None:

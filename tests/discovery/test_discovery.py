@@ -291,7 +291,7 @@ def test_a_model_with_nothing_to_remove_is_refused_with_what_was_looked_for():
 @pytest.mark.parametrize(
     ("batch", "message"),
     [
-        (torch.randn(2, 3), "expected a mapping, got Tensor; pass mappings of argument names to tensors"),
+        (2.5, "expected a mapping, got float; pass mappings of argument names to tensors"),
         ({}, r"expected tensors in the batch, got a mapping of \[\] to \[\]"),
         ({"x": [1, 2]}, r"expected tensors in the batch, got a mapping of \['x'\] to \['list'\]"),
         ((torch.randn(2, 3),) * 3, r"expected a mapping or a pair of tensors, got a tuple of 3 \(Tensor, Tensor, Ten"),

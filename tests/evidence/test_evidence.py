@@ -57,11 +57,11 @@ def test_a_pair_goes_to_the_first_argument_of_forward_and_to_labels(kind: type) 
             r"expected a mapping or a pair of tensors, got a tuple of 3 \(Tensor, Tensor, Tensor\); pass mappings of",
         ),
         ([BATCH["x"], 1], r"expected a mapping or a pair of tensors, got a list of 2 \(Tensor, int\)"),
-        (BATCH["x"], "expected a mapping, got Tensor; pass mappings of argument names"),
+        (3.0, "expected a mapping, got float; pass mappings of argument names"),
         ("input_ids", "got the string 'input_ids', as of a single batch; put it in a list"),
         ({"text": ["a", "b"]}, r"expected tensors in the batch, got a mapping of \['text'\] to \['list'\]; let a coll"),
     ],
-    ids=["triple", "pair_of_other_things", "tensor", "string", "mapping_without_tensors"],
+    ids=["triple", "pair_of_other_things", "number", "string", "mapping_without_tensors"],
 )
 def test_what_is_no_batch_is_an_error_that_says_which_one_it_is(bad: Any, message: str) -> None:
     with pytest.raises(BatchError, match=f"batch 1: {message}"):
@@ -86,7 +86,9 @@ def test_what_is_no_model_is_an_error_that_finds_the_one_inside() -> None:
 
 def test_no_batches_are_an_error_where_one_is_needed() -> None:
     evidence = quiet([])
-    with pytest.raises(BatchError, match="expected at least one batch to score on, got none"):
+    with pytest.raises(
+        BatchError, match="expected at least one batch, got none: the model is run on it to see what can be removed"
+    ):
         _ = evidence.example
     with pytest.raises(BatchError, match="expected at least one batch, got none"):
         mean_loss(evidence)

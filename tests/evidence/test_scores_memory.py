@@ -48,6 +48,11 @@ def limited(most, error=KINDS[0]):
     return loss, sizes
 
 
+def after(size, sizes):
+    """Return what came after the last batch of a size."""
+    return sizes[len(sizes) - sizes[::-1].index(size) :]
+
+
 def assert_equal_scores(a, b):
     for name, x in a.sensitivity.items():
         assert torch.equal(x, b.sensitivity[name])
@@ -74,8 +79,8 @@ def test_scores_are_those_of_the_smaller_batches(model, groups, method, caplog):
     small = score(model, groups, batches_of(4, 4, 4, 2), config(method=method, max_batches=None))
     assert_equal_scores(halved, small)
     assert "out of memory while scoring a batch of 8 samples; starting anew with at most 4 a batch" in caplog.text
-    assert sizes[0] == 8
-    assert max(sizes[1:]) == 4
+    assert 1 <= sizes.count(8) <= 2  # when the loss is looked at, and when it is scored with
+    assert max(after(8, sizes)) == 4
     whole = score(model, groups, batches_of(8, 6), settings)
     assert whole.num_batches == 2
     assert whole.num_loss_terms == halved.num_loss_terms
@@ -104,7 +109,7 @@ def test_batches_are_halved_until_they_fit_and_odd_ones_are_rounded_up(model, gr
     settings, small = config(method="taylor"), config(method="taylor", max_batches=None)
     halved = score(model, groups, batches_of(7, 2), settings, loss_fn=loss)
     assert_equal_scores(halved, score(model, groups, batches_of(2, 2, 2, 1, 2), small))
-    assert [n for n in sizes if n > 2] == [7, 4]
+    assert [n for n in sizes if n > 2] == [7, 4] * 2  # when the loss is looked at, and when it is scored with
 
 
 def test_the_limit_of_batches_counts_those_that_were_given(model, groups):
@@ -122,7 +127,7 @@ def test_every_allocators_error_is_known(model, groups, error):
 
 def test_other_errors_pass(model, groups):
     loss, sizes = limited(4, RuntimeError("expected scalar type Float but found Half"))
-    with pytest.raises(RuntimeError, match="expected scalar type"):
+    with pytest.raises(RuntimeError, match=r"loss_fn failed on batch 0, a mapping with .*: expected scalar type"):
         score(model, groups, batches_of(8), config(method="taylor"), loss_fn=loss)
     assert sizes == [8]
 
@@ -133,11 +138,19 @@ def test_a_single_sample_that_does_not_fit_is_refused_with_advice(model, groups)
     assert caught.value.__cause__ is KINDS[0]
 
 
-def test_batches_whose_tensors_disagree_are_not_cut(model, groups):
-    (batch,) = batches_of(4)
-    batch["other"] = torch.zeros(3)
-    with pytest.raises(BatchError, match=r"4 samples, which cannot be cut in halves as its tensors have \[3, 4\] rows"):
-        score(model, groups, [batch], config(method="taylor"), loss_fn=limited(2)[0])
+def test_batches_whose_loss_is_not_that_of_their_samples_are_not_cut(model, groups):
+    calls = []
+
+    def loss(model, batch):
+        calls.append(len(batch["labels"]))
+        if len(calls) > 4:  # memory runs out after the look at the loss
+            raise KINDS[0]
+        return model_loss(model, batch) * calls[-1] ** 2
+
+    with pytest.raises(
+        BatchError, match="4 samples, which cannot be cut in halves as its loss is not made up of those"
+    ):
+        score(model, groups, batches_of(4), config(method="taylor"), loss_fn=loss)
 
 
 def test_tensors_for_all_samples_together_stay_whole(model, groups):
@@ -152,4 +165,4 @@ def test_batches_that_can_be_drawn_once_are_cut_like_others(model, groups):
     drawn = score(model, groups, iter(batches_of(8, 6)), config(method="taylor"), loss_fn=loss)
     listed = score(model, groups, batches_of(8, 6), config(method="taylor"), loss_fn=limited(4)[0])
     assert_equal_scores(drawn, listed)
-    assert (drawn.num_batches, sizes[0], max(sizes[1:])) == (4, 8, 4)
+    assert (drawn.num_batches, sizes[0], max(after(8, sizes))) == (4, 8, 4)

@@ -26,6 +26,7 @@ LAYERS = [
     {"decision"},
     {"checkpoint"},
     {"bits"},
+    {"admission"},
     {"pipeline"},
     {"planned"},
     {"trainer", "export"},
