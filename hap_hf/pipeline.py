@@ -199,7 +199,8 @@ def carry_out_(model: nn.Module, decision: Decision, *, optimizer: Optimizer | N
 
 def _carried_out(model: nn.Module, decision: Decision, optimizer: Optimizer | None) -> PruningReport:
     """Cut the model as decided; whoever calls this puts everything back if it fails."""
-    evidence, clock = replace(decision.evidence, model=model), Clock(decision.seconds)
+    given, clock = decision.evidence, Clock(decision.seconds)
+    evidence = given if model is given.model else replace(given, model=model)
     decision.check_fits(model)
     check_recordable(model, decision.plan)
     after = cut_(evidence, decision.config, decision.plan, decision.values, decision.moments, optimizer, clock)
@@ -289,9 +290,8 @@ def _recalibrate(model: nn.Module, evidence: Evidence) -> None:
     """Estimate the statistics of batch norms anew, or keep the old ones where the batches do not allow it."""
     if not any(isinstance(module, BatchNorm) for module in model.modules()):
         return
-    processes = evidence.processes
     # All of them first: finding out what a loss calls the model with runs it, and would be counted in.
-    batches = list(evidence.inputs())
+    batches, processes = list(evidence.inputs()), evidence.processes
     try:
         with processes.agreeing("recalibration"):
             recalibrate_batch_norms_(model, batches, processes=processes)

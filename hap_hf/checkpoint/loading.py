@@ -7,7 +7,7 @@ ordinary model with fewer weights, and only its config still carries the plan.
 """
 
 import logging
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from itertools import islice
 from typing import Any
@@ -25,7 +25,7 @@ from hap_hf.checkpoint.host import forget_quantized_, was_loaded
 from hap_hf.errors import ConfigError, PlanFormatError, PlanMismatchError
 from hap_hf.model.quantizing import apply_bits_, expect_stored_, unpack_
 from hap_hf.names.bits import BitPlan
-from hap_hf.names.plan import GroupPlan, PruningPlan
+from hap_hf.names.plan import PruningPlan
 from hap_hf.surgery import apply_plan_
 
 logger = logging.getLogger(__name__)
@@ -262,7 +262,7 @@ def _fit_to_class(
     if rename is shortened:
         # A base model has no head: what that reads of the last channels has no place in it.
         heads = {name for name in owners if not name.startswith(prefix) and name not in modules}
-        renamed = replace(plan, stages=tuple(tuple(_without(g, heads) for g in stage) for stage in renamed.stages))
+        renamed = replace(plan, stages=tuple(tuple(g.without(heads) for g in stage) for stage in renamed.stages))
     stages = tuple(
         tuple(g for g in stage if not modules.isdisjoint(_owner(s.tensor) for s in g.group.slices))
         for stage in renamed.stages
@@ -279,14 +279,6 @@ def _fit_to_class(
     if left_out:
         logger.info("%d pruned groups of the checkpoint have no place in %s", left_out, type(model).__name__)
     return replace(plan, stages=stages), bits
-
-
-def _without(plan: GroupPlan, modules: Collection[str]) -> GroupPlan:
-    """Return the plan of a group without its slices in some modules, if it has others."""
-    slices = tuple(s for s in plan.group.slices if _owner(s.tensor) not in modules)
-    counters = tuple(c for c in plan.group.counters if _owner(c.attribute) not in modules)
-    ranks = {tensor: rank for tensor, rank in plan.ranks.items() if _owner(tensor) not in modules}
-    return replace(plan, group=replace(plan.group, slices=slices, counters=counters), ranks=ranks) if slices else plan
 
 
 def _align(model: nn.Module) -> None:

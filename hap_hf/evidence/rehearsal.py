@@ -118,6 +118,7 @@ def _whole(
             return None
         try:
             forward = Forward(evidence.model, SampleBatch(loss, 1, 1, _never), wanted, index)
+            _differentiate(evidence, forward)
             return batch, forward.loss.detach(), _no_curvature(forward) if look else None
         except HapError:
             raise
@@ -127,6 +128,22 @@ def _whole(
             if num_samples(batch) < 2:  # scoring says what to do about it
                 return None
             batch = part_of(batch, slice(0, (num_samples(batch) + 1) // 2))
+
+
+def _differentiate(evidence: Evidence, forward: Forward) -> None:
+    """Go back through the first batch once: in-place operations and the like only show there."""
+    if forward.index:
+        return
+    weights = list(forward.wanted.tensors.values())
+    try:
+        torch.autograd.grad(forward.loss, weights, retain_graph=True, allow_unused=True)
+    except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
+        raise CurvatureError(
+            f"the loss of {type(evidence.model).__name__} cannot be differentiated: {error}; method='magnitude' looks "
+            "at the weights alone"
+        ) from error
 
 
 def _never(n: int) -> SampleBatch:

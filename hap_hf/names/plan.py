@@ -5,7 +5,7 @@ Plans may come from strangers, so :meth:`PruningPlan.from_dict` trusts nothing.
 """
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -52,6 +52,19 @@ class GroupPlan:
     def units(self, action: str) -> list[int]:
         """Return the units with ``action``, in ascending order."""
         return [u for u, a in enumerate(self.actions) if a == action]
+
+    def without(self, modules: Collection[str]) -> "GroupPlan":
+        """Return the plan without what lies in some modules, or as it is where nothing else would be left."""
+
+        def stays(name: str) -> bool:
+            return name.rpartition(".")[0] not in modules
+
+        slices = tuple(s for s in self.group.slices if stays(s.tensor))
+        counters = tuple(c for c in self.group.counters if stays(c.attribute))
+        ranks = {tensor: rank for tensor, rank in self.ranks.items() if stays(tensor)}
+        return (
+            replace(self, group=replace(self.group, slices=slices, counters=counters), ranks=ranks) if slices else self
+        )
 
     def order(self) -> list[int]:
         """Return the surviving units in their new order: kept ones first, then implanted ones."""

@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from hap_hf.errors import BatchError
 from hap_hf.evidence.batches import as_batch, batch_size, call, move_to_model
+from hap_hf.host import tree_leaves
 from hap_hf.model.state import preserved, restart_random_numbers
 
 
@@ -37,7 +38,7 @@ def measure_size(model: nn.Module, batch: Any) -> ModelSize:
     Args:
         model: Any model that runs on the batch.
         batch: Keyword arguments of its forward, or a pair of inputs and labels; a sample is one entry of its first
-            tensor.
+            tensor, or of a list.
 
     Returns:
         Both numbers.
@@ -46,7 +47,7 @@ def measure_size(model: nn.Module, batch: Any) -> ModelSize:
         BatchError: If the batch holds no tensor with samples.
     """
     batch = as_batch(model, batch)
-    if not any(isinstance(v, Tensor) and v.dim() for v in batch.values()) or not batch_size(batch):
+    if not any(isinstance(t, Tensor) and t.dim() for t in tree_leaves(dict(batch))) or not batch_size(batch):
         raise BatchError(
             f"expected a batch with a tensor of at least one sample, got {sorted(map(str, batch))} without; "
             "pass a mapping of argument names to tensors, as a Hugging Face collator gives it"

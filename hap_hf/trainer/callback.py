@@ -181,8 +181,7 @@ class HessianPruner(Shrinks, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Do the round that is due after this epoch, if rounds go by epochs."""
-        if self.step is None:
-            # `state.epoch` is a sum of fractions, which may fall short of the whole number.
+        if self.step is None:  # `state.epoch` is a sum of fractions, which may fall short of the whole number
             self._round_if_due(round(state.epoch or 0), args, state, **kwargs)
 
     def on_train_end(
@@ -259,10 +258,8 @@ class HessianPruner(Shrinks, ExportableState):
 
     def _grow_if_due(self, settings: GrowingReg, reached: int, state: TrainerState, **kwargs: Any) -> None:
         # Right after a round, if need be: a training that is resumed there begins with it.
-        steps, due = (
-            steps_of("steps", settings.steps, state.max_steps),
-            self._timing.due(self._done + 1, state.max_steps),
-        )
+        steps = steps_of("steps", settings.steps, state.max_steps)
+        due = self._timing.due(self._done + 1, state.max_steps)
         if self._growth is None and self._done < self.num_rounds and reached >= due - steps:
             rates = future_rates(kwargs["lr_scheduler"], kwargs["optimizer"], state.global_step, steps)
             with self._evidence(**kwargs) as found:
