@@ -368,7 +368,7 @@ class AfterPruning(TrainerCallback):
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
         """Call the function if it is time."""
-        if self.action is not None and len(self.pruner.reports) == self.pruner.num_rounds:
+        if self.action is not None and self.pruner.finished:
             action, self.action = self.action, None
             action()
 
@@ -376,7 +376,7 @@ class AfterPruning(TrainerCallback):
 
     def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
         """Call the function if it is time; not if a checkpoint has the rounds behind it, for it has been trained on."""
-        if state.global_step and len(self.pruner.reports) == self.pruner.num_rounds:
+        if state.global_step and self.pruner.finished:
             self.action = None
         self.on_step_end()
 

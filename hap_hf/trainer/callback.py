@@ -144,7 +144,7 @@ class HessianPruner(Shrinks, ExportableState):
             # First of all, as what is checked below matters only to rounds that are still to come.
             self._go_on(state, **kwargs)
             self._check_schedule(args, state, **kwargs)
-            if self._done < self.num_rounds:
+            if not self.finished:
                 check_compiled(trainer, kwargs["model"])
                 check_optimizer(kwargs["optimizer"], kwargs["model"])
                 check_training_data(kwargs["train_dataloader"], self.config, needed=self._batches is None)
@@ -188,41 +188,31 @@ class HessianPruner(Shrinks, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Warn if the training ended before the last round."""
-        if self._done < self.num_rounds:
-            logger.warning(
-                "the training ended at step %d, after %d of %d pruning rounds: the model is larger than was asked for",
-                state.global_step,
-                self._done,
-                self.num_rounds,
+        if not self.finished:
+            said = (
+                "the training ended at step %d, after %d of %d pruning rounds: the model is larger than was asked for"
             )
+            logger.warning(said, state.global_step, self._done, self.num_rounds)
 
     def state(self) -> dict[str, Any]:
         """Return what the Trainer writes to ``trainer_state.json``: the settings and the rounds done."""
         names = ("step", "epoch", "num_rounds", "interval", "rewind", "train_only_implants", "also_train")
-        settings = {name: getattr(self, name) for name in names} | {"ramp": self.ramp.value}
-        settings["regularise"] = None if self.regularise is None else self.regularise.to_dict()
+        growing = None if self.regularise is None else self.regularise.to_dict()
+        settings = {name: getattr(self, name) for name in names} | {"ramp": self.ramp.value, "regularise": growing}
         return {"args": {"config": self.config.to_dict(), **settings}, "attributes": {"progress": self.progress}}
 
     @property
     def progress(self) -> Mapping[str, Any]:
         """The rounds done, as plain JSON values; setting it puts ``reports`` back."""
         growth = None if self._growth is None else self._growth.to_dict()
-        return {**progress_to_dict(self.reports, self._start), "given": self._given(), "growth": growth}
+        others = {"given": self._given(), "growth": growth, "left_out": self._left_out}
+        return {**progress_to_dict(self.reports, self._start), **others}
 
     @progress.setter
     def progress(self, saved: Mapping[str, Any]) -> None:
         self.reports, self._start = progress_from_dict(saved)
-        growth = saved.get("growth")
+        growth, self._left_out = saved.get("growth"), saved.get("left_out", 0)
         self._growth = None if growth is None else Growth.from_dict(growth)
-
-    @property
-    def began(self) -> bool:
-        """Whether anything was done to the model yet."""
-        return bool(self.reports) or self._growth is not None
-
-    @property
-    def _done(self) -> int:
-        return len(self.reports)
 
     def _go_on(self, state: TrainerState, **kwargs: Any) -> None:
         """Find out which rounds the model has behind it: those of the checkpoint, of the last training, or none."""
@@ -231,14 +221,14 @@ class HessianPruner(Shrinks, ExportableState):
             self.progress = saved
         # The rounds are the model's and not the callback's: a fresh model begins with the first.
         if not is_result_of(self.reports, kwargs["model"]):
-            self.reports, self._start, self._growth = [], None, None
+            self.reports, self._start, self._growth, self._left_out = [], None, None, 0
         # One that an earlier training left behind is not this one's.
         if self._growth is not None and self._growth.iterations != state.global_step - self._growth.began:
             self._growth = None
         # The Trainer updates what it finds there at every save, and a checkpoint from before the callback has nothing.
         entries: Any = state.stateful_callbacks
         entries.setdefault(type(self).__name__, self.state())
-        if saved is not None and self._done < self.num_rounds:
+        if saved is not None and not self.finished:
             check_given(saved["given"], self._given())
 
     def _given(self) -> list[str]:
@@ -246,15 +236,20 @@ class HessianPruner(Shrinks, ExportableState):
 
     def _round_if_due(self, reached: int, args: TrainingArguments, state: TrainerState, **kwargs: Any) -> None:
         # One at a time, also where a checkpoint without the callback leaves several due: the model trains between them.
-        if self._done >= self.num_rounds:
-            return
+        if not self.finished:
+            with self._unless_nothing_is_left(self._done, self.num_rounds):
+                self._advance(reached, args, state, **kwargs)
+            self._freeze_if_done(**kwargs)
+
+    def _advance(self, reached: int, args: TrainingArguments, state: TrainerState, **kwargs: Any) -> None:
         if self.regularise is None:
             if reached >= self._timing.due(self._done + 1, state.max_steps):
                 self._round(args, state, **kwargs)
             return
         if self._growth is not None and self._growth.is_ripe:
             self._round(args, state, **kwargs)
-        self._grow_if_due(self.regularise, reached, state, **kwargs)
+        with self._unless_nothing_is_left(self._done, self.num_rounds):  # of the next round
+            self._grow_if_due(self.regularise, reached, state, **kwargs)
 
     def _grow_if_due(self, settings: GrowingReg, reached: int, state: TrainerState, **kwargs: Any) -> None:
         # Right after a round, if need be: a training that is resumed there begins with it.
@@ -284,17 +279,15 @@ class HessianPruner(Shrinks, ExportableState):
                 place = replace(place, start=self._growth.start)
             else:
                 report, place = prune_round(evidence, config, place, optimizer)
-        processes = evidence.processes
         self._start, self._growth = place.start, None  # after the round: one that fails has not taken place
         self.reports.append(report)
-        self._freeze_if_done(**kwargs)
         forget_best_(state, kwargs["lr_scheduler"])
-        with processes.agreeing("reporting"):
+        with evidence.processes.agreeing("reporting"):
             trainer.log(report.to_log())
             if state.is_world_process_zero:
                 number = self._done if self.num_rounds > 1 else None
                 write_report(report, Path(args.output_dir or "."), number)
 
     def _freeze_if_done(self, **kwargs: Any) -> None:
-        if self.train_only_implants and self._done >= self.num_rounds:
+        if self.train_only_implants and self.finished:
             freeze_the_rest_(calling_trainer(), kwargs["model"], kwargs["optimizer"], self.also_train)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import transformers as hf
-from trainings import assert_same, config, make_trainer, samples, tiny_model
+from trainings import assert_same, config, make_trainer, samples, tiny_bert, tiny_model
 from transformers import get_scheduler
 
 from hap_hf import ConfigError, HessianPruner
@@ -43,6 +43,29 @@ def test_a_cubic_ramp_takes_most_at_first_and_ends_at_the_target(tmp_path):
         assert kept[ramp] == pytest.approx(expected, abs=0.05)
     with pytest.raises(ConfigError, match="ramp must be one of"):
         HessianPruner(config(), ramp="square")
+
+
+def test_a_round_with_nothing_left_to_do_is_left_out_and_the_training_goes_on(tmp_path, caplog):
+    def train(folder=None, **changes):
+        # Whole heads go, so that the first round is beyond what the second one asks for.
+        asked = config(**{"method": "magnitude", "kinds": "heads", "target_params": 0.6, **changes})
+        pruner = HessianPruner(asked, step=2, num_rounds=3, interval=2, ramp="cubic")
+        settings = {"max_steps": 8, "save_strategy": "steps", "save_steps": 1}
+        trainer = make_trainer(tmp_path, tiny_bert(num_hidden_layers=1, num_attention_heads=2), pruner, **settings)
+        trainer.train(resume_from_checkpoint=folder)
+        return pruner, trainer.model
+
+    pruner, whole = train()
+    assert (len(pruner.reports), pruner.finished) == (1, True)
+    assert [m.split(":")[0] for m in caplog.messages if "left out" in m] == [
+        "round 2 of 3 is left out",
+        "round 3 of 3 is left out",
+    ]
+    again, resumed = train(str(tmp_path / "checkpoint-5"))
+    assert_same(resumed, whole)
+    assert again.finished
+    with pytest.raises(ConfigError, match="cannot be reached"):  # the first one is asked for
+        train(target_params=0.999, max_group_ratio=0.1)
 
 
 def test_the_schedule_runs_once_from_beginning_to_end_after_each_cut():
