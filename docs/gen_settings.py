@@ -32,8 +32,10 @@ code's own words; `HapConfig.help()` returns the same texts.
 | remove 30% of the heads, neurons and channels | `HapConfig(prune_ratio=0.3)` |
 | prune neurons only, or heads only | `kinds="ffn"`, `kinds="heads"` |
 | leave the first two layers alone | `exclude=["*layer.0.*", "*layer.1.*"]` |
-| have [equally wide layers](checkpoints-and-the-hub.md#plain-checkpoints) | `target_params=0.5, max_group_ratio=0.5` |
+| keep more of one part, or of one kind | `target_params=0.5, parts={"vision*": 0.8, "heads": 0.7}` |
+| have [equally wide layers](checkpoints-and-the-hub.md#plain-checkpoints) | `target_params=0.5, equal_widths=True` |
 | have widths that hardware likes | `round_to=8` |
+| split the result over four devices by tensor parallelism | `shards=4` |
 | implant the better third of what is cut | `implant_ratio=0.3` |
 | the paper's method | `method=Hessian(num_probes=300, coupling="filter")` |
 | a quick look, without batches | `method="magnitude"` |
@@ -46,15 +48,15 @@ Settings that contradict each other, or that nothing would read, are errors when
 """
 
 SECTIONS = {
-    "How much": ("prune_ratio", "target_params", "target_macs", "amount"),
-    "Of what": ("kinds", "exclude", "max_group_ratio", "round_to"),
+    "How much": ("prune_ratio", "target_params", "target_macs", "amount", "parts"),
+    "Of what": ("kinds", "exclude", "max_group_ratio", "round_to", "shards", "equal_widths"),
     "How it is scored": ("method", "num_passes", "per_cost", "compensate"),
     "What stands in for units": ("implant_ratio", "implant_cost", "implant_init"),
     "What it is measured on": ("max_batches", "precision", "seed", "recalibrate", "progress"),
 }
 
 NOTES = {
-    "How much": """Exactly one of the four. All are shares of the prunable part: of the groups that `kinds` and
+    "How much": """Exactly one of the first four. All are shares of the prunable part: of the groups that `kinds` and
 `exclude` leave. **`prune_ratio` says what goes; the others say what stays.**""",
     "Of what": """A group is named after the module that holds it and its kind, as in `bert.encoder.layer.0:ffn`.
 `hap_hf.find_groups(model, batch)` lists them.""",

@@ -27,7 +27,7 @@ from hap_hf.bits import (
     bit_sensitivity,
     quantize_,
 )
-from hap_hf.checkpoint import load_pruned_heads, plan_of, record_plan, save_pruned, wrap_timm
+from hap_hf.checkpoint import load_pruned_, load_pruned_heads, plan_of, record_plan, save_pruned, wrap_timm
 from hap_hf.compensation import Compensation
 from hap_hf.config import HapConfig
 from hap_hf.criteria import (
@@ -177,6 +177,7 @@ __all__ = [  # noqa: RUF022 (by stage, not by letter)
     "TensorChange",
     "measure_size",
     # checkpoints
+    "load_pruned_",
     "load_pruned_heads",
     "plan_of",
     "record_plan",

@@ -50,6 +50,6 @@ def admitted(
     evidence, config = at_the_door(evidence, config)
     config.criterion.try_out(evidence)
     clock.lap("looking at the loss")
-    found = discover(model, evidence.example)
+    found = discover(model, evidence.example, others=evidence.others())
     processes.check_same("groups", {g.name: g for g in found.groups}, NOT_ALIKE)
     return evidence, config, found, select_groups(found.groups, config)

@@ -8,7 +8,7 @@ from hap_hf.config import HapConfig
 from hap_hf.criteria import known_criteria
 from hap_hf.errors import ConfigError
 
-_NO_FLAG = ("amount",)
+_NO_FLAG = ("amount", "parts")
 _ZERO_IS_NONE = ("max_batches", "num_output_probes", "stop_share")
 _OPTIONAL: dict[type, Any] = {bool: bool | None, int: int | None, float: float | None, str: str | None}
 

@@ -14,7 +14,7 @@ from hap_hf.evidence.losses import LossFunction
 from hap_hf.evidence.precision import Precision
 from hap_hf.evidence.processes import ALONE, Processes
 from hap_hf.names.amount import Amount
-from hap_hf.names.checks import at_least, boolean, meant, member, plain_json, share, strings
+from hap_hf.names.checks import at_least, boolean, meant, member, plain_json, share, shares, strings
 from hap_hf.names.currencies import Currency, Macs, Params, Units
 from hap_hf.names.group import Group, Kind
 from hap_hf.surgery import ImplantInit
@@ -53,11 +53,17 @@ class HapConfig:
     target_params: float | None = _setting(None, "Share of the prunable parameters to keep, in (0, 1).")
     target_macs: float | None = _setting(None, "Share of the prunable multiply-accumulates to keep, in (0, 1).")
     amount: Amount | None = _setting(None, "An amount in any other currency, such as Amount('params', 0.5).")
+    parts: Mapping[str, float] | None = _setting(
+        None,
+        "Other shares for groups, by kind or glob pattern, as {'vision*': 0.8}; the first that fits a group counts.",
+    )
     implant_ratio: float = _setting(0.0, "Share of the cut units that is implanted instead of removed, in [0, 1].")
     max_group_ratio: float = _setting(
         0.95, "Largest share of a group's units that may be cut, in (0, 1]. The best unit always stays."
     )
     round_to: int = _setting(1, "Surviving numbers of neurons and of channels are a multiple of this.")
+    shards: int = _setting(1, "Surviving numbers of all units are a multiple of this, as tensor parallelism needs.")
+    equal_widths: bool = _setting(False, "Cut the same share of each group, so that layers of one size stay alike.")
     kinds: tuple[Kind, ...] = _setting(tuple(Kind), "Which kinds of units to touch: heads, ffn, channels.")
     exclude: tuple[str, ...] = _setting(
         (), "Glob patterns; groups whose name, or one of whose tensors' names, matches stay whole."
@@ -124,6 +130,7 @@ class HapConfig:
         share("max_group_ratio", self.max_group_ratio, "(0, 1]")
         share("implant_cost", self.implant_cost)
         at_least("round_to", self.round_to, 1)
+        at_least("shards", self.shards, 1)
         for name in ("num_passes", "max_batches"):
             if getattr(self, name) is not None:
                 at_least(name, getattr(self, name), 1)
@@ -132,7 +139,7 @@ class HapConfig:
             raise ConfigError(f"seed must be below 2**63, the largest that torch.Generator takes, got {self.seed!r}")
         for name in ("per_cost", "compensate"):
             boolean(name, getattr(self, name), none=True)
-        for name in ("recalibrate", "progress"):
+        for name in ("recalibrate", "progress", "equal_widths"):
             boolean(name, getattr(self, name))
         if not self.kinds:
             raise ConfigError(f"kinds is empty: nothing could be removed; choose from {[k.value for k in Kind]}")
@@ -149,6 +156,7 @@ class HapConfig:
             )
         if self.amount is not None and not isinstance(self.amount, Amount):
             raise ConfigError(f"amount must be an Amount, got {self.amount!r}; for example Amount('params', 0.5)")
+        self._set("parts", shares("parts", self.parts, "(0, 1]" if self.prune_ratio is None else "[0, 1)"))
         if self.per_cost and isinstance(self.asked.what, Units):
             raise ConfigError("per_cost=True needs a budget to count costs by, got prune_ratio; ask for target_params")
         if self.num_passes is not None and self.num_passes > 1 and not self.criterion.needs_batches:
@@ -176,6 +184,11 @@ class HapConfig:
             return Amount(Params(), self.target_params)
         # Exactly one is set, so that it is this one; 1.0 is for type checkers.
         return Amount(Macs(), self.target_macs if self.target_macs is not None else 1.0)
+
+    def asked_of(self, value: float) -> Amount | None:
+        """Return the amount that a share of ``parts`` asks for, meant as the config's; None where all is to stay."""
+        keep = value if self.prune_ratio is None else 1 - value
+        return None if keep == 1 else Amount(self.asked.what, keep)
 
     @property
     def passes(self) -> int:

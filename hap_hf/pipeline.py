@@ -14,7 +14,7 @@ from hap_hf.compensation import Compensation
 from hap_hf.config import HapConfig
 from hap_hf.curvature import Watchable
 from hap_hf.decision import Decision, stamps_of
-from hap_hf.discovery import Discovery
+from hap_hf.discovery import check_equals_masked
 from hap_hf.errors import BatchError, ConfigError
 from hap_hf.evidence.evidence import Evidence
 from hap_hf.evidence.losses import LossFunction
@@ -27,7 +27,7 @@ from hap_hf.names.outcome import whole
 from hap_hf.names.plan import GroupPlan, PruningPlan
 from hap_hf.report import Clock, ModelSize, PruningReport, measure_size
 from hap_hf.selection import Round, at_the_door, config_of_round, measure_and_score, score_in_passes, select_groups
-from hap_hf.selection.make import Choice, choose
+from hap_hf.selection.make import Choice, check_takes_implants, choose
 from hap_hf.surgery import (
     ImplantInit,
     apply_plan_,
@@ -120,11 +120,13 @@ def decide(evidence: Evidence, config: HapConfig, place: Round | None = None) ->
     """
     model, place, clock = evidence.model, place or Round(), Clock()
     evidence, config, found, chosen = admitted(evidence, config, clock)
-    _warn_of_missing_kinds(found, config)
+    for entry in found.missing(config.kinds):
+        logger.warning("no %s can be removed, left whole are %s", entry.kind, entry)
     # What a round asks for is relative to what there is at its beginning, as rounds before did not meet theirs exactly.
     now = config.asked.what.cost(whole(chosen))
     place = replace(place, start=now if place.start is None else place.start)
     config = config_of_round(config, place, now)
+    check_takes_implants(chosen, config)
     before = measure_size(model, evidence.example)
     clock.lap("discovery")
     compensation, first, watchable = None, None, Watchable()
@@ -223,6 +225,7 @@ def cut_(
     # Before surgery: these values have the shapes of the dense model and are cut with everything else.
     changes: tuple[TensorChange, ...] = replace_values_(model, values)
     note_replaced(changes)
+    check_equals_masked(model, plan, evidence.example, evidence.others())
     changes += apply_plan_(model, plan, init=config.implant_init, input_moments=moments)
     # The same decomposition may differ in its last bits from one machine to the next.
     processes.adopt_first_("implants", [c.new for c in changes if c.old is None])
@@ -279,11 +282,6 @@ def _plain(choice: Choice, place: Round) -> dict[str, Any]:
     """Return what all processes must have chosen, in values that can be compared."""
     actions: dict[str, tuple[GroupPlan, ...] | Any] = {g.group.name: (g.actions, g.ranks) for g in choice.stage}
     return {"threshold": choice.threshold, "round": place, **actions}
-
-
-def _warn_of_missing_kinds(found: Discovery, config: HapConfig) -> None:
-    for entry in found.missing(config.kinds):
-        logger.warning("no %s can be removed, left whole are %s", entry.kind, entry)
 
 
 def _recalibrate(model: nn.Module, evidence: Evidence) -> None:

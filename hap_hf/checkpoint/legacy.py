@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from hap_hf.checkpoint.loading import HapPlanConfig
+from hap_hf.checkpoint.entry import HapPlanConfig
 from hap_hf.discovery import find_groups
 from hap_hf.errors import ConfigError, PlanFormatError, PlanMismatchError, UnsupportedModelError
 from hap_hf.host import set_attention_

@@ -18,11 +18,12 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
-from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from hap_hf.checkpoint.entry import QUANT_METHODS, HapPlanConfig
 from hap_hf.checkpoint.files import check_files, check_sizes
 from hap_hf.checkpoint.host import forget_quantized_, was_loaded
-from hap_hf.errors import ConfigError, PlanFormatError, PlanMismatchError
+from hap_hf.checkpoint.parts import share_with_parts_
+from hap_hf.errors import ConfigError, PlanMismatchError
 from hap_hf.model.quantizing import apply_bits_, expect_stored_, unpack_
 from hap_hf.names.bits import BitPlan
 from hap_hf.names.plan import PruningPlan
@@ -30,54 +31,7 @@ from hap_hf.surgery import apply_plan_
 
 logger = logging.getLogger(__name__)
 
-QUANT_METHOD = "hap_hf"
-QUANT_METHODS = (QUANT_METHOD, "hap")
-"""The method's name in files: that of the package, for whoever meets it without, and the one of plans of format 1."""
 ALIGNMENT = 64  # bytes, as torch allocates on the CPU
-
-
-class HapPlanConfig(QuantizationConfigMixin):
-    """The ``quantization_config`` entry of a pruned model's ``config.json``.
-
-    Args:
-        plan: Everything that was done to the model since it was dense.
-        bits: Bits of its quantized layers, if it has any.
-    """
-
-    quant_method: Any = QUANT_METHOD
-
-    def __init__(self, plan: PruningPlan, bits: BitPlan | None = None) -> None:
-        """Hold the plan and the bits."""
-        self.plan, self.bits = plan, bits
-
-    @classmethod
-    def from_dict(cls, config_dict: Mapping[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
-        """Return the entry that ``to_dict`` described, after checking every value of it.
-
-        Args:
-            config_dict: The parsed JSON entry, from a source that need not be trusted.
-            return_unused_kwargs: Also return ``kwargs``; part of transformers' interface.
-            **kwargs: Never used here.
-
-        Returns:
-            The entry, and ``kwargs`` where asked for.
-
-        Raises:
-            PlanFormatError: If an entry is missing, unknown or malformed.
-        """
-        if not {"quant_method", "plan"} <= set(config_dict) <= {"quant_method", "plan", "library", "bits"}:
-            raise PlanFormatError(
-                "the quantization_config of a pruned model must hold quant_method, plan and bits, no more, got "
-                f"{sorted(str(key)[:40] for key in config_dict)[:10]}; take config.json from the save of the weights"
-            )
-        bits = config_dict.get("bits")
-        entry = cls(PruningPlan.from_dict(config_dict["plan"]), None if bits is None else BitPlan.from_dict(bits))
-        return (entry, kwargs) if return_unused_kwargs else entry
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the entry as plain JSON values."""
-        bits = {} if self.bits is None else {"bits": self.bits.to_dict()}
-        return {"quant_method": QUANT_METHOD, "plan": self.plan.to_dict(), **bits}
 
 
 class HapQuantizer(HfQuantizer):
@@ -175,6 +129,7 @@ class HapQuantizer(HfQuantizer):
         forget_quantized_(model)
         # A plain dict, as AutoConfig reads it: from_pretrained(..., config=model.config) takes nothing else.
         model.config.quantization_config = HapPlanConfig(self.plan, self.bits).to_dict()
+        share_with_parts_(model, self.plan)
         return model
 
     def _refuse(self, wrong: Iterable[str]) -> None:

@@ -1,15 +1,18 @@
 """Plans in ``config.json``: what lets ``save_pretrained`` write a pruned model that ``from_pretrained`` can read."""
 
-import copy
+import logging
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
+from hap_hf.checkpoint.entry import HapPlanConfig
 from hap_hf.checkpoint.host import forget_adapters_, prepare_at_saving
-from hap_hf.checkpoint.loading import QUANT_METHODS, HapPlanConfig
+from hap_hf.checkpoint.parts import bits_of, check_slot, entry_of, give_own_config_, plan_of, store_plan_, whole_plan
+from hap_hf.checkpoint.plain import save_plain
 from hap_hf.checkpoint.vanilla import stock_config
 from hap_hf.errors import ConfigError, PlanMismatchError, UnsupportedModelError
 from hap_hf.model.adapters import check_no_adapters
@@ -18,12 +21,18 @@ from hap_hf.names.bits import BitPlan
 from hap_hf.names.outcome import shapes_left
 from hap_hf.names.plan import PruningPlan
 
+logger = logging.getLogger(__name__)
+
+_AS_PLAIN: list[nn.Module] = []
+"""Models that are being saved with a stock config, which takes in no plans of their parts."""
+
 
 def record_plan(model: nn.Module, plan: PruningPlan) -> None:
-    """Store ``plan``, which was just applied, in the model's config, so that ``save_pretrained`` writes it.
+    """Store ``plan``, which was just applied, with the model: in its config, so that ``save_pretrained`` writes it.
 
-    A plan already there is kept and composed with the new one. Models that are no ``PreTrainedModel`` have no config
-    that is saved with them; for those nothing is stored, and the caller keeps the plan.
+    A plan already there is kept and composed with the new one. A module that is no ``PreTrainedModel`` keeps it in an
+    attribute, for :func:`save_pruned`. Models of transformers inside the model get their share, so that each can be
+    saved and loaded alone.
 
     A model whose adapters were merged by hand may still be marked as one with adapters, of which ``save_pretrained``
     would write nothing but the adapters; the mark is taken off.
@@ -38,14 +47,12 @@ def record_plan(model: nn.Module, plan: PruningPlan) -> None:
         PlanMismatchError: If the composed plan does not describe the model.
         UnsupportedModelError: If the model has adapters.
     """
-    if not isinstance(model, PreTrainedModel):
-        return
     composed = _compose(model, plan)
+    if not isinstance(model, PreTrainedModel) and not _describes(composed, model):
+        # Changed by hand since an earlier pruning, as by another head: what came before describes nothing any more.
+        composed = plan
     check_described(model, composed)
-    # A plan in a config that a dense model shares would make that one's checkpoints unreadable.
-    _give_own_config_(model)
-    model.config.quantization_config = HapPlanConfig(composed).to_dict()
-    forget_adapters_(model)
+    store_plan_(model, composed)
 
 
 def record_bits(model: nn.Module, bits: BitPlan) -> None:
@@ -59,35 +66,10 @@ def record_bits(model: nn.Module, bits: BitPlan) -> None:
     """
     if not isinstance(model, PreTrainedModel):
         return
-    plan = plan_of(model) or PruningPlan(())
-    _give_own_config_(model)
+    plan = whole_plan(model) or PruningPlan(())
+    give_own_config_(model)
     model.config.quantization_config = HapPlanConfig(plan, bits).to_dict()
     forget_adapters_(model)
-
-
-def bits_of(model: nn.Module) -> BitPlan | None:
-    """Return the bits that the model's config carries.
-
-    Args:
-        model: Any model.
-
-    Returns:
-        Bits of its quantized layers, or None where nothing is recorded.
-    """
-    entry = _entry_of(model)
-    return None if entry is None else entry.bits
-
-
-def _give_own_config_(model: PreTrainedModel) -> None:
-    """Give a model, and all that shares its config, a copy of it: transformers lets several models hold one object."""
-    # The memo holds the copy of each object by the id of the original, also of parts of the config that submodules
-    # hold.
-    copied: dict[int, Any] = {}
-    copy.deepcopy(model.config, copied)
-    for module in model.modules():
-        own = vars(module).get("config")
-        if isinstance(own, PreTrainedConfig) and id(own) in copied:
-            module.config = copied[id(own)]
 
 
 def check_recordable(model: nn.Module, plan: PruningPlan | None = None) -> None:
@@ -104,39 +86,24 @@ def check_recordable(model: nn.Module, plan: PruningPlan | None = None) -> None:
         UnsupportedModelError: If the model has adapters, whose layers have other names than the plan's.
     """
     _compose(model, plan or PruningPlan(()))
-    before = plan_of(model)
-    if before is not None:
+    before = whole_plan(model)
+    if before is None or _describes(before, model):
+        return
+    if isinstance(model, PreTrainedModel):
         check_described(model, before)
-
-
-def plan_of(model: nn.Module) -> PruningPlan | None:
-    """Return the plan that the model's config carries.
-
-    Args:
-        model: Any model.
-
-    Returns:
-        Everything that was done to the model since it was dense, or None where nothing is recorded.
-
-    Raises:
-        PlanFormatError: If the config carries something that is no plan.
-    """
-    entry = _entry_of(model)
-    return None if entry is None else entry.plan
-
-
-def _entry_of(model: nn.Module) -> HapPlanConfig | None:
-    slot = _slot_of(model)
-    if slot is None or _method_of(slot) not in QUANT_METHODS:
-        return None
-    entry: HapPlanConfig = slot if isinstance(slot, HapPlanConfig) else HapPlanConfig.from_dict(slot)
-    return entry
+    logger.warning(
+        "%s has other shapes than earlier pruning left it with, so that only what is pruned from now on is recorded",
+        type(model).__name__,
+    )
 
 
 def save_pruned(
     model: nn.Module, directory: str | os.PathLike[str], *, vanilla: bool = False, **save_pretrained_kwargs: Any
 ) -> None:
     """Save a pruned model as ``model.save_pretrained`` does, or as a plain checkpoint that needs no hap_hf.
+
+    A module that is no model of transformers is saved to ``model.safetensors`` and ``plan.json``, which
+    :func:`load_pruned_` reads.
 
     A plain checkpoint is possible where there are no implants and every layer has as many heads and neurons as every
     other, if the config has settings for these numbers: most have one for the width of the FFN; heads can be fewer
@@ -150,20 +117,30 @@ def save_pruned(
         **save_pretrained_kwargs: Passed on.
 
     Raises:
-        UnsupportedModelError: If the model has no ``save_pretrained`` of transformers, or adapters, which that would
-            save alone.
+        UnsupportedModelError: If the model has adapters, which ``save_pretrained`` would save alone, or is none of
+            transformers and a plain checkpoint is asked for.
+        PlanMismatchError: If the plan does not describe the model.
         ConfigError: If no plan is recorded, or if no stock config expresses the pruned shapes; the message says why.
     """
     check_no_adapters(model)
-    if not isinstance(model, PreTrainedModel):
-        raise UnsupportedModelError(
-            f"expected a transformers PreTrainedModel, got {type(model).__name__}; save its state_dict and the plan"
-        )
-    plan = plan_of(model)
+    plan = whole_plan(model)
     if plan is None:
         raise ConfigError(
-            f"this {type(model).__name__} carries no plan, so it was not pruned by hap_hf; call model.save_pretrained"
+            f"this {type(model).__name__} carries no plan, so it was not pruned by hap_hf; call "
+            f"{'model.save_pretrained' if isinstance(model, PreTrainedModel) else 'safetensors.torch.save_model'}"
         )
+    if not isinstance(model, PreTrainedModel):
+        if vanilla or save_pretrained_kwargs:
+            raise UnsupportedModelError(
+                f"vanilla and arguments of save_pretrained are for models of transformers, got a {type(model).__name__}"
+            )
+        check_described(model, plan)
+        if any(quantized_layers(model)):
+            raise UnsupportedModelError(
+                f"expected a {type(model).__name__} without quantized layers; save it before hap_hf.quantize_"
+            )
+        save_plain(model, plan, Path(directory))
+        return
     if not vanilla:
         model.save_pretrained(directory, **save_pretrained_kwargs)
         return
@@ -174,9 +151,11 @@ def save_pruned(
     # save_pretrained writes whatever config the model has at that moment.
     stock, own = stock_config(model, plan), model.config
     model.config = stock
+    _AS_PLAIN.append(model)
     try:
         model.save_pretrained(directory, **save_pretrained_kwargs)
     finally:
+        _AS_PLAIN.pop()
         model.config = own
 
 
@@ -197,9 +176,9 @@ def _to_be_saved(model: PreTrainedModel, state_dict: Mapping[str, Any] | None) -
         PlanMismatchError: If a weight has another shape than the plan leaves it with, or the layers are others than
             those that the config names as quantized.
     """
-    entry = _entry_of(model)
-    if getattr(model, "hf_quantizer", None) is not None:
+    if getattr(model, "hf_quantizer", None) is not None or any(m is model for m in _AS_PLAIN):
         return state_dict
+    entry = entry_of(model)
     recorded, own = set(entry.bits.layers if entry and entry.bits else ()), dict(quantized_layers(model))
     if recorded != own.keys():
         raise PlanMismatchError(
@@ -207,9 +186,16 @@ def _to_be_saved(model: PreTrainedModel, state_dict: Mapping[str, Any] | None) -
             f"{min(recorded ^ own.keys())} is in one of both alone, and it could not be loaded again; quantize it with "
             "hap_hf.quantize_, or take the entry off a float model: del model.config.quantization_config"
         )
+    plan = whole_plan(model)
+    # What was pruned since as a part is written with the whole.
+    if plan is not None and plan != plan_of(model):
+        check_slot(model)
+        check_described(model, plan)
+        store_plan_(model, plan)
+        entry = entry_of(model)
     if entry is None:
         return state_dict
-    plan = entry.plan
+    plan = plan_of(model) or PruningPlan(())
     # Only shapes are compared, at every save: that the stages fit each other was checked when they were recorded.
     left, _ = shapes_left(plan.stages)
     saved = dict(model.state_dict() if state_dict is None else state_dict)
@@ -242,21 +228,20 @@ def _compose(model: nn.Module, plan: PruningPlan) -> PruningPlan:
         ConfigError: If the config's ``quantization_config`` is taken by something else.
     """
     check_no_adapters(model)
-    slot = _slot_of(model)
-    if slot is not None and _method_of(slot) not in QUANT_METHODS:
-        raise ConfigError(
-            f"expected a model without quantization, got a {type(model).__name__} whose config.quantization_config has "
-            f"quant_method {str(_method_of(slot))!r}; a checkpoint has room for one, so prune first and quantize a copy"
-        )
-    if bits_of(model) is not None:
-        raise ConfigError(
-            f"expected a model without quantization, got a {type(model).__name__} that hap_hf quantized; prune first, "
-            "then quantize"
-        )
-    before = plan_of(model)
+    check_slot(model)
+    before = whole_plan(model)
     # The stages of `plan` name tensors as the recorded ones left them, so they come behind.
     composed = plan if before is None else before.then(plan)
     return PruningPlan.from_dict(composed.to_dict())  # what could not be read back must not be written
+
+
+def _describes(plan: PruningPlan, model: nn.Module) -> bool:
+    """Return whether every tensor has the shape that a plan leaves it with."""
+    try:
+        check_described(model, plan)
+    except PlanMismatchError:
+        return False
+    return True
 
 
 def check_described(model: nn.Module, plan: PruningPlan) -> None:
@@ -282,11 +267,3 @@ def check_described(model: nn.Module, plan: PruningPlan) -> None:
             + "\n  ".join(wrong[:3])
             + (f"\n  and {len(wrong) - 3} more" if len(wrong) > 3 else "")
         )
-
-
-def _slot_of(model: nn.Module) -> Any:
-    return getattr(getattr(model, "config", None), "quantization_config", None)
-
-
-def _method_of(slot: Any) -> object:
-    return slot.get("quant_method") if isinstance(slot, Mapping) else getattr(slot, "quant_method", None)

@@ -6,7 +6,8 @@ import torch
 from torch import nn
 from transformers import TimmWrapperConfig, TimmWrapperForImageClassification
 
-from hap_hf.checkpoint.record import record_plan
+from hap_hf.checkpoint.parts import store_plan_
+from hap_hf.checkpoint.record import check_described
 from hap_hf.errors import UnsupportedModelError
 from hap_hf.names.plan import PruningPlan
 from hap_hf.surgery import apply_plan_
@@ -79,6 +80,8 @@ def wrap_timm(
     wrapper.timm_model = model
     wrapper.train(model.training)
     if plan is not None:
-        # Inside the wrapper all names begin with that of the timm model.
-        record_plan(wrapper, plan.renamed(_PREFIX.__add__))
+        # Inside the wrapper all names begin with that of the timm model, which may carry the same plan already.
+        named = plan.renamed(_PREFIX.__add__)
+        check_described(wrapper, named)
+        store_plan_(wrapper, named)
     return wrapper

@@ -5,6 +5,7 @@ features belong together, and every group so found is tried against masking befo
 """
 
 from hap_hf.discovery.find import Discovery, discover, find_groups
+from hap_hf.discovery.verify import check_equals_masked
 from hap_hf.discovery.whole import LeftWhole
 
-__all__ = ["Discovery", "LeftWhole", "discover", "find_groups"]
+__all__ = ["Discovery", "LeftWhole", "check_equals_masked", "discover", "find_groups"]

@@ -8,41 +8,41 @@ import torch
 from torch import nn
 
 from hap_hf.discovery.families import Candidate, home
+from hap_hf.discovery.runs import Run
 from hap_hf.discovery.trial import Trial
 from hap_hf.discovery.whole import LeftWhole
 from hap_hf.errors import UnsupportedModelError
-from hap_hf.evidence.batches import Batch
 from hap_hf.model.state import preserved
 from hap_hf.names.counters import Counts, counted_by
 from hap_hf.names.group import Counter, Group, Kind, Role
 
 
 def accept(
-    model: nn.Module, batch: Batch, candidates: Sequence[Candidate], confirm: Batch | None = None
+    model: nn.Module, runs: Sequence[Run], candidates: Sequence[Candidate], confirm: Sequence[Run] = ()
 ) -> tuple[list[Group], list[LeftWhole]]:
     """Return the groups that prove right on the model itself, which is left as found.
 
     Args:
         model: The model with its own weights; units are taken out of it and put back.
-        batch: Keyword arguments of its forward, on its device.
+        runs: How the model is run.
         candidates: Groups to try.
-        confirm: Another batch on which all that was accepted must hold.
+        confirm: Other runs in which all that was accepted must hold.
 
     Returns:
         The groups that can be removed from, in the order given, and those that cannot.
 
     Raises:
-        UnsupportedModelError: If the model's output holds NaN, or what was accepted does not hold on the other batch.
+        UnsupportedModelError: If the model's output holds NaN, or what was accepted does not hold in the other runs.
     """
     with preserved(model), torch.no_grad():
-        trial = Trial(model, batch)
+        trial = Trial(model, runs)
         # Candidates of a class come from equal code, so classes are halved and not candidates: the number of trials
         # does not grow with the number of layers.
         accepted = _accept(trial, [], list(_classes(candidates).values()))
         if len(accepted) < len(candidates):
             accepted += _alone(trial, accepted, [c for c in candidates if not _is_in(c, accepted)])
             accepted = _together(trial, accepted, candidates)
-        if confirm is not None and accepted:
+        if confirm and accepted:
             trial = Trial(model, confirm)
             if not trial.holds(accepted):
                 raise UnsupportedModelError("what holds on few tokens does not on all of them")

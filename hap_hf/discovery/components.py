@@ -12,7 +12,7 @@ from hap_hf.discovery.record import Recording
 from hap_hf.discovery.unions import Unions
 from hap_hf.discovery.whole import LeftWhole
 from hap_hf.layers.kind import Segment
-from hap_hf.layers.projection import known
+from hap_hf.layers.projection import known, spatial_dims
 from hap_hf.names.group import Role
 
 
@@ -168,7 +168,10 @@ def _entries(recording: Recording, partitions: Mapping[str, Partition], nodes: l
                 add(node.name, segments, channel, Role.CONSUMER)
         elif node.side == "out":
             module = recording.projections[node.name]
-            role = Role.FACTOR if known(module).has_implant else Role.PRODUCER
+            # A kernel of one tap is its own implant: where that is allowed for is where implants are counted.
+            pointwise = spatial_dims(module) > 0 and module.get_parameter("weight").shape[2:].numel() == 1
+            could = known(module).takes_implant(module) or (pointwise and not known(module).has_implant)
+            role = Role.PRODUCER if could else Role.FACTOR
             add(node.name, known(module).outputs(module), node.number, role)
         else:
             for tensor, role in _aligned_tensors(recording, node):

@@ -130,7 +130,7 @@ class _Maker:
         kind = self._kind(components[0])
         if kind is Kind.FFN and not self._is_block(components[0]):
             self._recording.left_whole.append(
-                LeftWhole((consumers[0],), "its input is no hidden layer of a feed-forward block")
+                LeftWhole((consumers[0],), "its input is no hidden layer of one block or module")
             )
             return []
         return [self._candidate(kind, stretch) for stretch in stretches if len(stretch) > 1]
@@ -151,9 +151,19 @@ class _Maker:
         return list(dict.fromkeys(key.tensor.rpartition(".")[0] for key in unit if key.role in makers))
 
     def _is_block(self, unit: Component) -> bool:
-        """Return whether the block gives back the width it takes: an FFN, not a pooler with its classifier."""
-        inputs = {self._recording.channels(n) for n in self._sources(unit)}
-        return all(inputs == {self._recording.leaves[p.consumer][0].shape[-1]} for p in self._members)
+        """Return whether the block gives back the width it takes, or its layers stand side by side in one module.
+
+        What is neither is a pooler with a classifier behind it. The head of a model of transformers stays whole
+        either way: checkpoints are loaded without it, and with one for other classes.
+        """
+        sources = self._sources(unit)
+        inputs = {self._recording.channels(n) for n in sources}
+        if all(inputs == {self._recording.leaves[p.consumer][0].shape[-1]} for p in self._members):
+            return True
+        layers = [*sources, *(p.consumer for p in self._members)]
+        base = getattr(self._model, "base_model_prefix", "")
+        in_head = bool(base) and hasattr(self._model, base) and not all(n.startswith(f"{base}.") for n in layers)
+        return len({n.rpartition(".")[0] for n in layers}) == 1 and not in_head
 
     def _candidate(self, kind: Kind, units: Population) -> Candidate:
         """Return the candidate whose units are a stretch."""

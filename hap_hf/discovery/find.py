@@ -3,7 +3,7 @@
 import inspect
 import logging
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,9 +13,11 @@ from hap_hf.discovery.acceptance import accept
 from hap_hf.discovery.counting import Counts, count
 from hap_hf.discovery.families import find_candidates
 from hap_hf.discovery.record import record
+from hap_hf.discovery.runs import Run, on_few_tokens, runs_of
+from hap_hf.discovery.unrun import out_of_reach
 from hap_hf.discovery.whole import LeftWhole
 from hap_hf.errors import HapError, UnsupportedModelError
-from hap_hf.evidence.batches import Batch, as_batch, few_samples, move_to_model, raise_does_not_run, shortened
+from hap_hf.evidence.batches import Batch, as_batch, few_samples, move_to_model, raise_does_not_run
 from hap_hf.model.bare import check_bare
 from hap_hf.names.group import Group, Kind
 
@@ -72,16 +74,20 @@ def find_groups(model: nn.Module, batch: Any) -> tuple[Group, ...]:
     return discover(model, batch).groups
 
 
-def discover(model: nn.Module, batch: Any) -> Discovery:
+def discover(model: nn.Module, batch: Any, *, others: Iterable[Any] = ()) -> Discovery:
     """Return what can be removed from ``model`` and what cannot; see :func:`find_groups`.
 
     What belongs together does not depend on how long a text is, and finding out takes time and memory that grow with
     it. So the first tokens are looked at, and what was found is tried once more at the full length, at which everything
     is counted. Where the two disagree, or the model does not run on few tokens, the whole example is looked at.
 
+    Where the model behaves otherwise in training, beside dropout, it is looked at there, too. What no run reaches, as
+    an auxiliary head behind an argument, may read units of groups: these stay whole, and the layer is named.
+
     Args:
         model: The model, which is left as found.
         batch: As for :func:`find_groups`.
+        others: Further batches, looked at while there are layers that nothing else has called.
 
     Returns:
         What was found.
@@ -93,17 +99,16 @@ def discover(model: nn.Module, batch: Any) -> Discovery:
     """
     check_bare(model)
     given = as_batch(model, batch)
-    example = few_samples(move_to_model(model, given))
-    if "use_cache" in inspect.signature(model.forward).parameters:
-        example["use_cache"] = False
+    example = example_of(model, given)
     try:
         counts = count(model, example)
     except Exception as error:  # the model's own code may raise anything
         raise_does_not_run(model, given, error)
-    few = shortened(example)
-    found = None if few is None else _on_few(model, few, example, counts)
+    runs, unrun = runs_of(model, example, (example_of(model, other) for other in others))
+    few = on_few_tokens(runs)
+    found = None if few is None else _on_few(model, few, runs, counts, unrun)
     try:
-        return found or _on(model, example, counts)
+        return found or _on(model, runs, counts, unrun)
     except HapError:
         raise
     except Exception as error:  # the model's own code, with its layers cut open, and what autograd says of it
@@ -113,10 +118,28 @@ def discover(model: nn.Module, batch: Any) -> Discovery:
         ) from error
 
 
-def _on_few(model: nn.Module, few: Batch, example: Batch, counts: Counts) -> Discovery | None:
+def example_of(model: nn.Module, batch: Any) -> Batch:
+    """Return two samples of a batch on the model's device, to be run without a cache.
+
+    Args:
+        model: The model.
+        batch: As for :func:`find_groups`.
+
+    Returns:
+        Keyword arguments of its forward.
+    """
+    example = few_samples(move_to_model(model, as_batch(model, batch)))
+    if "use_cache" in inspect.signature(model.forward).parameters:
+        example["use_cache"] = False
+    return example
+
+
+def _on_few(
+    model: nn.Module, few: Sequence[Run], runs: Sequence[Run], counts: Counts, unrun: frozenset[str]
+) -> Discovery | None:
     """Return what a few tokens tell, if it also holds on all of them."""
     try:
-        return _on(model, few, counts, confirm=example)
+        return _on(model, few, counts, unrun, confirm=runs)
     except HapError as error:
         logger.debug("few tokens do not tell: %s", error)
     except Exception as error:  # the model's own code, run on fewer tokens than it may have been written for
@@ -124,13 +147,16 @@ def _on_few(model: nn.Module, few: Batch, example: Batch, counts: Counts) -> Dis
     return None
 
 
-def _on(model: nn.Module, example: Batch, counts: Counts, confirm: Batch | None = None) -> Discovery:
-    """Return what one example tells, and has been confirmed by another if that is given."""
+def _on(
+    model: nn.Module, runs: Sequence[Run], counts: Counts, unrun: frozenset[str], confirm: Sequence[Run] = ()
+) -> Discovery:
+    """Return what some runs tell, and has been confirmed by others if these are given."""
     # The trial runs with the model's own weights, so the recording must have ended.
-    with record(model, example) as recording:
+    with record(model, runs) as recording:
         candidates = find_candidates(model, recording, counts)
-    groups, rejected = accept(model, example, candidates, confirm)
-    left_whole = [*recording.left_whole, *rejected]
+        candidates, touched = out_of_reach(model, recording, candidates, unrun)
+    groups, rejected = accept(model, runs, candidates, confirm)
+    left_whole = [*recording.left_whole, *touched, *rejected]
     if not groups:
         raise UnsupportedModelError(
             f"found nothing to remove in {type(model).__name__}: looked for attention heads (query, key, "

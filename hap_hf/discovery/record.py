@@ -1,4 +1,4 @@
-"""One forward pass with the model cut open at every projection.
+"""Forward passes with the model cut open at every projection: one of the example, and of what else there is to see.
 
 Each projection's output is replaced by a fresh random leaf, so that autograd sees only what lies between projections:
 attention products, activations, norms, residual adds, concatenations, depthwise convolutions. Which input channel of
@@ -9,7 +9,7 @@ between are called.
 import copy
 import logging
 from collections import defaultdict
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,19 +17,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hap_hf.discovery.runs import Run
 from hap_hf.discovery.whole import LeftWhole
-from hap_hf.evidence.batches import call
 from hap_hf.host import call_hooks, own_buffers, tree_leaves, tree_map_only
 from hap_hf.layers.norms import followers, keeps_statistics
 from hap_hf.layers.projection import channel_dim, is_grouped, is_projection
-from hap_hf.model.state import preserved, restart_random_numbers
+from hap_hf.model.state import preserved
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(eq=False)
 class Recording:
-    """What a cut-open forward pass left behind.
+    """What the cut-open forward passes left behind.
 
     Args:
         projections: Every projection by name, called or not.
@@ -66,12 +66,12 @@ class Recording:
 
 
 @contextmanager
-def record(model: nn.Module, batch: Mapping[str, Any]) -> Generator[Recording]:
-    """Record one forward pass, and leave the model as found.
+def record(model: nn.Module, runs: Sequence[Run]) -> Generator[Recording]:
+    """Record forward passes, and leave the model as found.
 
     Args:
         model: The model; inside the block it computes with other values, and projections return leaves.
-        batch: Keyword arguments of its forward, on its device.
+        runs: How it is run. A layer that several runs call is seen in all of them.
 
     Yields:
         The recording, while the model's parameters still require gradients.
@@ -93,12 +93,12 @@ def record(model: nn.Module, batch: Mapping[str, Any]) -> Generator[Recording]:
             stack.enter_context(torch.enable_grad())
             if dtype is torch.float64 and own is not torch.float64:
                 try:
-                    _run(model, batch, recording, dtype)
+                    _run(model, runs, recording, dtype)
                 except (RuntimeError, TypeError, ValueError) as error:
                     logger.debug("not in double precision: %s", error)
                     continue
             else:
-                _run(model, batch, recording, dtype)
+                _run(model, runs, recording, dtype)
             yield recording
             return
 
@@ -113,18 +113,18 @@ def _followers(model: nn.Module) -> dict[str, list[str]]:
     return result
 
 
-def _run(model: nn.Module, batch: Mapping[str, Any], recording: Recording, dtype: torch.dtype) -> None:
+def _run(model: nn.Module, runs: Sequence[Run], recording: Recording, dtype: torch.dtype) -> None:
     """Run the model, which is cut open, on floating-point inputs in ``dtype``, and note its outputs."""
     handles = [
         module.register_forward_hook(_scaling(recording, name))
         for name, module in model.named_modules()
         if keeps_statistics(module)
     ]
-    restart_random_numbers(model)
     try:
-        example = tree_map_only(Tensor, lambda t: t.to(dtype) if t.is_floating_point() else t, dict(batch))
-        output = call(model, example)
-        recording.outputs = [t for t in output_tensors(output) if t.is_floating_point() and t.requires_grad]
+        for run in runs:
+            batch = tree_map_only(Tensor, lambda t: t.to(dtype) if t.is_floating_point() else t, dict(run.batch))
+            tensors = output_tensors(run.output(model, batch))
+            recording.outputs += [t for t in tensors if t.is_floating_point() and t.requires_grad]
     finally:
         for handle in handles:
             handle.remove()

@@ -9,7 +9,7 @@ What differs, or raises, is left whole.
 import logging
 import random
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,12 +18,12 @@ from torch import Tensor, nn
 
 from hap_hf.discovery.families import Candidate
 from hap_hf.discovery.record import output_tensors
+from hap_hf.discovery.runs import Run
 from hap_hf.errors import PlanMismatchError, UnsupportedModelError
-from hap_hf.evidence.batches import call
 from hap_hf.layers.projection import channel_dim
 from hap_hf.model.masking import channels, masked
-from hap_hf.model.state import renew_caches, restart_random_numbers
-from hap_hf.names.actions import KEEP, PRUNE
+from hap_hf.model.state import renew_caches
+from hap_hf.names.actions import IMPLANT, KEEP, PRUNE
 from hap_hf.names.group import Group, Role
 from hap_hf.names.plan import GroupPlan, PruningPlan
 from hap_hf.surgery.apply import apply_plan_undoable_, undo_
@@ -36,19 +36,19 @@ TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4, torch.bfloat16: 5e-2, tor
 
 
 class Trial:
-    """Compares removing with masking, on one batch.
+    """Compares removing with masking, in every way in which the model is run.
 
     Args:
         model: The model with its own weights, in eval mode.
-        batch: Keyword arguments of its forward.
+        runs: How it is run.
 
     Raises:
         UnsupportedModelError: If the model's output holds NaN.
     """
 
-    def __init__(self, model: nn.Module, batch: Mapping[str, Any]) -> None:
+    def __init__(self, model: nn.Module, runs: Sequence[Run]) -> None:
         self._model = model
-        self._batch = batch
+        self._runs = runs
         if any(bool(t.isnan().any()) for t in self._run([], [])):
             raise UnsupportedModelError(
                 f"the output of {type(model).__name__} on the batch holds NaN, so no removal could be verified; "
@@ -71,12 +71,13 @@ class Trial:
             parity.append(position[c.shape_class] % 2)
             position[c.shape_class] += 1
         # Every other layer of a class, then the layers between, then all, with random numbers of units: if all lost the
-        # same number, code that takes the size of one layer from another would pass.
-        for wanted in ({0}, {1}, {0, 1}):
+        # same number, code that takes the size of one layer from another would pass. A share of the channels that the
+        # code computes may be right for random units by chance; it is wrong where one end goes.
+        for of_even, of_odd in ((_any, None), (None, _any), (_low, _high), (_high, _low), (_nearly_all, _nearly_all)):
             cut = [
-                (c, rng.sample(range(c.group.num_units), rng.randint(1, c.group.num_units - 1)))
+                (c, choose(rng, c.group.num_units))
                 for c, p in zip(candidates, parity, strict=True)
-                if p in wanted and c.group.num_units > 1
+                if (choose := (of_even, of_odd)[p]) is not None and c.group.num_units > 1
             ]
             if cut and not self._equal(cut):
                 return False
@@ -95,13 +96,35 @@ class Trial:
             (replace(c, group=replace(c.group, may_be_empty=True)), list(range(c.group.num_units))) for c in candidates
         ])
 
+    def holds_for(self, stage: Sequence[GroupPlan]) -> bool:
+        """Return whether what a plan does equals masking, with silent implants where it has some.
+
+        Args:
+            stage: What happens to the groups.
+
+        Returns:
+            True if it does.
+        """
+        silent = [(g.group, g.units(PRUNE) + g.units(IMPLANT)) for g in stage]
+        readers = {s.tensor.rpartition(".")[0] for g in stage for s in g.group.slices if s.role is Role.CONSUMER}
+        # A layer with an implant gives its outputs in another order, so that then only those of the model are compared.
+        return self._equal_to(stage, silent, [] if any(g.implanted for g in stage) else sorted(readers))
+
     def _equal(self, cut: Sequence[tuple[Candidate, list[int]]]) -> bool:
         """Return whether the model without these units computes what it computes with them masked."""
-        plan = PruningPlan((tuple(_plan(c.group, units) for c, units in cut),))
         # The layers that read the units are compared too: the model's outputs alone may hide a difference, as behind a
         # saturated softmax or a branch that is scaled to nothing.
         watched = [n for c, _ in cut for n in c.consumers]
-        expected = self._run(watched, [(c.group, units) for c, units in cut])
+        return self._equal_to(
+            [_plan(c.group, units) for c, units in cut], [(c.group, units) for c, units in cut], watched
+        )
+
+    def _equal_to(
+        self, stage: Sequence[GroupPlan], mask: Sequence[tuple[Group, list[int]]], watched: Sequence[str]
+    ) -> bool:
+        """Return whether the model after ``stage`` computes what it computes with ``mask``."""
+        plan = PruningPlan((tuple(stage),))
+        expected = self._run(watched, mask)
         try:
             _, undo = apply_plan_undoable_(self._model, plan, init=ImplantInit.ZERO, input_moments={})
         except PlanMismatchError as error:
@@ -119,7 +142,6 @@ class Trial:
     def _run(self, watched: Sequence[str], mask: Sequence[tuple[Group, list[int]]]) -> list[Tensor]:
         """Return the outputs of the watched layers and of the model, with some units masked."""
         renew_caches(self._model)  # filled with other sizes, before or by the last run
-        restart_random_numbers(self._model)  # two runs with other random numbers would never agree
         seen: list[Tensor] = []
         made = channels(mask, {Role.PRODUCER, Role.FACTOR})
 
@@ -136,11 +158,29 @@ class Trial:
         handles = [self._model.get_submodule(n).register_forward_hook(watch(n)) for n in watched]
         try:
             with masked(self._model, mask):
-                seen += output_tensors(call(self._model, self._batch))
+                for run in self._runs:
+                    seen += output_tensors(run.output(self._model))
         finally:
             for handle in handles:
                 handle.remove()
         return [t for t in seen if t.is_floating_point()]
+
+
+def _any(rng: random.Random, n: int) -> list[int]:
+    return rng.sample(range(n), rng.randint(1, n - 1))
+
+
+def _low(rng: random.Random, n: int) -> list[int]:
+    return list(range(rng.randint(n // 2, n - 1)))
+
+
+def _high(rng: random.Random, n: int) -> list[int]:
+    return list(range(rng.randint(1, n - n // 2), n))
+
+
+def _nearly_all(rng: random.Random, n: int) -> list[int]:
+    kept = rng.randrange(n)
+    return [u for u in range(n) if u != kept]
 
 
 def _plan(group: Group, units: Sequence[int]) -> GroupPlan:

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm  # type: ignore[import-untyped]
 from hap_hf.curvature import SampleBatch, rademacher
 from hap_hf.curvature.batch_loss import check_counts
 from hap_hf.errors import BatchError, ConfigError, UnsupportedModelError
-from hap_hf.evidence.batches import OWN_OUTPUTS, Batch, as_batch, as_given, called_with
+from hap_hf.evidence.batches import OWN_OUTPUTS, Batch, as_batch, as_given, called_with, few_samples
 from hap_hf.evidence.facts import Facts
 from hap_hf.evidence.losses import LossFunction, batch_losses, model_loss
 from hap_hf.evidence.precision import Precision
@@ -152,6 +152,18 @@ class Evidence:
             )
         return found
 
+    def others(self) -> Iterator[Batch]:
+        """Yield further batches of the first process, two samples of each form: other shapes, or other arguments.
+
+        Yields:
+            What the model is called with.
+        """
+        forms: dict[tuple[Any, ...], Batch] = {}
+        for batch in self.inputs():
+            form = tuple((k, tuple(v.shape[1:]) if isinstance(v, Tensor) else _plain(v)) for k, v in batch.items())
+            forms.setdefault(form, few_samples(batch))
+        yield from self.processes.first("examples", list(forms.values())[1:]) or []
+
     @contextmanager
     def ready(
         self,
@@ -266,6 +278,11 @@ class Evidence:
         """Return the batch of sample n alone."""
         one = self.facts.part_of(batch, slice(n, n + 1)) if self.facts.adds_up else batch
         return next(replace(self, batches=[one]).samples())
+
+
+def _plain(value: object) -> object:
+    """Return an argument that may choose another path through the model, or what kind of thing it is."""
+    return value if isinstance(value, (bool, int, float, str)) else type(value)
 
 
 def mean_loss(evidence: Evidence) -> float:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from hap_hf.errors import UnsupportedModelError
+from hap_hf.layers.implant_linear import side_by_side
 
 # Copies of activations that patch_moment holds at a time, in bytes.
 _WORKSPACE = 64 * 2**20
@@ -138,15 +139,13 @@ class ImplantConv2d(nn.Module):
             Output, ``[N, out_channels, H', W']`` or ``[out_channels, H', W']``.
         """
         # torch refuses convolutions without output channels, so an empty part is not computed.
-        if not weight.shape[0]:
+        kept, implanted = (sum(sizes) for sizes in zip(*self.segments, strict=True))
+        if not kept:
             out = self._implanted(x, pointwise)
-        elif not pointwise.shape[0]:
+        elif not implanted:
             out = self._kept(x, weight)
         else:
-            # Parts side by side, as in ImplantLinear.
-            kept = torch.split(self._kept(x, weight), [k for k, _ in self.segments], dim=-3)
-            implanted = torch.split(self._implanted(x, pointwise), [i for _, i in self.segments], dim=-3)
-            out = torch.cat([part for pair in zip(kept, implanted, strict=True) for part in pair], dim=-3)
+            out = side_by_side(self._kept(x, weight), self._implanted(x, pointwise), self.segments, -3)
         # Under autocast a bias of its own dtype would raise the output to that dtype.
         return out if self.bias is None else out + self.bias.to(out.dtype).view(-1, 1, 1)
 

@@ -88,9 +88,7 @@ class ImplantLinear(nn.Module):
         implanted = functional.linear(inner(functional.linear(x, down)), up)  # [..., implanted]
         # Surgery put the units into this order in whatever follows or reads them, so that parts side by side will do.
         # Outputs in their old order would take an index: a gather in each forward pass, a scatter in each backward one.
-        kept_parts = torch.split(kept, [k for k, _ in self.segments], dim=-1)
-        implanted_parts = torch.split(implanted, [i for _, i in self.segments], dim=-1)
-        out = torch.cat([part for pair in zip(kept_parts, implanted_parts, strict=True) for part in pair], dim=-1)
+        out = side_by_side(kept, implanted, self.segments, -1)
         # Under autocast a bias of its own dtype would raise the output to that dtype.
         return out if self.bias is None else out + self.bias.to(out.dtype)
 
@@ -107,6 +105,24 @@ class ImplantLinear(nn.Module):
     def extra_repr(self) -> str:
         """Return the sizes, for printing the model."""
         return f"in_features={self.in_features}, segments={list(self.segments)}, rank={self.rank}"
+
+
+def side_by_side(kept: Tensor, implanted: Tensor, segments: Sequence[tuple[int, int]], dim: int) -> Tensor:
+    """Return the kept and the implanted features of each segment in turn.
+
+    Args:
+        kept: Kept features of all segments, in order.
+        implanted: Implanted ones.
+        segments: Number of kept and of implanted features in each segment.
+        dim: Dimension along which the features lie.
+
+    Returns:
+        The features, side by side.
+    """
+    kept_parts = torch.split(kept, [k for k, _ in segments], dim=dim)
+    implanted_parts = torch.split(implanted, [i for _, i in segments], dim=dim)
+    # By number, as tracers such as torch.fx can iterate over no tensors that they only pretend to have.
+    return torch.cat([part for n in range(len(segments)) for part in (kept_parts[n], implanted_parts[n])], dim=dim)
 
 
 def factor_rows(rows: Tensor, rank: int, moment: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
+from hap_hf.host import own_parameters
 from hap_hf.layers.implant_linear import ImplantLinear, factor_rows
 
 
@@ -232,10 +233,7 @@ def kind_of(module: nn.Module) -> LayerKind | None:
         The kind, or None where its type is not registered, or its weight is made anew by a hook before each call, as
         ``torch.nn.utils.weight_norm`` does.
     """
-    # Hooks of that kind leave a plain tensor among the module's attributes.
-    if isinstance(vars(module).get("weight"), Tensor):
-        return None
-    return kind_of_class(type(module))
+    return kind_of_class(type(module)) if own_parameters(module).get("weight") is not None else None
 
 
 def kind_of_class(own: Any) -> LayerKind | None:

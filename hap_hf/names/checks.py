@@ -72,6 +72,30 @@ def share(name: str, value: object, interval: str = "(0, 1)") -> None:
         raise ConfigError(f"{name} must lie in {interval}, got {value!r}")
 
 
+def shares(name: str, value: object, interval: str) -> dict[str, float]:
+    """Return a mapping of kinds or patterns to shares, as a plain one.
+
+    Args:
+        name: Name of the setting.
+        value: What was given; None for nothing.
+        interval: Which shares are allowed, as in ``"[0, 1)"``.
+
+    Returns:
+        The shares by what they are for.
+
+    Raises:
+        ConfigError: If it is no such mapping.
+    """
+    if value is not None and not isinstance(value, Mapping):
+        raise ConfigError(f"{name} must map kinds or patterns to shares, got {value!r}; for example {{'heads': 0.8}}")
+    given = dict(value or {})
+    for key, number in given.items():
+        if not isinstance(key, str):
+            raise ConfigError(f"{name} must map kinds or patterns to shares, got the key {key!r}")
+        share(f"{name}[{key!r}]", number, interval)
+    return given
+
+
 def at_least(name: str, value: object, low: int) -> None:
     """Check that a setting is an integer that is not too small.
 

@@ -29,7 +29,8 @@ class Role(StrEnum):
     PRODUCER = "producer"
     """A weight matrix whose output entries are the unit. An implant may replace these rows."""
     FACTOR = "factor"
-    """Like a producer, where no implant can stand: grouped convolutions, layers that have an implant already."""
+    """Like a producer, where no implant can stand: grouped convolutions, those of one and three dimensions, layers that
+    have an implant already."""
     CONSUMER = "consumer"
     """A weight matrix that reads the unit. Removing the unit removes these columns."""
     ALIGNED = "aligned"

@@ -107,6 +107,7 @@ def _asked(config: HapConfig | None) -> str:
     if config is None:
         return ""
     parts = [str(config.asked)]
+    parts += [f"parts={dict(config.parts)}"] if config.parts else []
     if config.implant_ratio:
         parts += [f"{n}={getattr(config, n)}" for n in ("implant_ratio", "implant_cost", "implant_init")]
     return ", ".join(parts)

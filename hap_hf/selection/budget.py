@@ -129,6 +129,8 @@ def meet_budget(budget: Budget) -> Met | str:
     # same, and if it cuts too much, that comes back below.
     cut = fewest_cut(lambda number: budget.total(ranking.splits(number)), limit, most)
     splits = ranking.splits(cut)
+    if ranking.config.equal_widths:  # what came back would make one layer wider than the others
+        return Met(cut, splits)
     # Pruned units first, although implanted ones are more sensitive: these still have their implant.
     _restore_pruned(budget, splits, limit - budget.total(splits))
     _restore_implanted(budget, splits, limit - budget.total(splits))

@@ -11,12 +11,14 @@ from hap_hf.errors import ConfigError
 from hap_hf.names.actions import KEEP
 from hap_hf.names.amount import Amount
 from hap_hf.names.currencies import floor_share
-from hap_hf.names.group import Group
+from hap_hf.names.group import Group, Role
 from hap_hf.names.plan import GroupPlan, PruningPlan
 from hap_hf.selection.budget import Budget, meet_budget
 from hap_hf.selection.ranking import Ranking, Split, implants
 
 logger = logging.getLogger(__name__)
+
+_NOTHING = "the plan would change nothing"
 
 
 @dataclass(frozen=True)
@@ -39,23 +41,70 @@ class Choice:
             logger.log(logging.WARNING if is_warning else logging.INFO, "%s", note)
 
 
-def choose(groups: Sequence[Group], scores: Scores, config: HapConfig, amount: Amount | None = None) -> Choice | str:
+def choose(groups: Sequence[Group], scores: Scores, config: HapConfig, done: float | None = None) -> Choice | str:
     """Decide which units go.
 
     Args:
         groups: The groups of the model; those that ``config`` does not select stay whole.
         scores: Sensitivities of at least the selected groups.
         config: How much to cut, of what.
-        amount: How much to cut in place of what the config says, all of it removed and nothing implanted.
+        done: Share of what the config asks for that is cut, all of it removed and none implanted; None for all of it.
 
     Returns:
         The choice, or why it would change nothing or cannot be made.
     """
-    if amount is not None:
+    if done is not None:
         # A pass only silences units, and an implant is not there before surgery makes it.
         config = replace(config, implant_ratio=0.0)
-    wanted = amount or config.asked
-    ranking = Ranking.of(select_groups(groups, config), scores, config)
+    choices, reasons = [], []
+    for name, amount, members in portions(select_groups(groups, config), config):
+        choice = _choose(members, scores, config, amount if done is None else amount.after(done))
+        if isinstance(choice, Choice):
+            choices.append(choice)
+        elif choice.startswith(_NOTHING):
+            reasons.append(f"{choice}, for {name}" if name else choice)
+        else:
+            return f"{choice}, for {name}" if name else choice
+    if not choices:
+        return "; ".join(reasons)
+    chosen = {g.group.name: g for c in choices for g in c.stage}
+    # Groups that stay whole are named, too: reports list them, and a decision that is loaded finds its groups here.
+    stage = tuple(chosen.get(g.name) or GroupPlan(g, KEEP * g.num_units) for g in groups)
+    notes = tuple(note for c in choices for note in c.notes) + tuple((False, reason) for reason in reasons)
+    return Choice(stage, max(c.threshold for c in choices), notes)
+
+
+def portions(groups: Sequence[Group], config: HapConfig) -> list[tuple[str, Amount, list[Group]]]:
+    """Return which groups compete with each other, and how much of them is to be left.
+
+    Args:
+        groups: The groups that are selected.
+        config: Settings; ``parts`` says what has a share of its own.
+
+    Returns:
+        The pattern, empty for the rest, the amount and the groups; without those that are to stay whole.
+
+    Raises:
+        ConfigError: If a pattern matches no group.
+    """
+    members: dict[str, list[Group]] = {key: [] for key in config.parts or {}}
+    fits = {key: [g.kind == key or g.matches(key) for g in groups] for key in members}
+    unmatched = [key for key, found in fits.items() if not any(found)]
+    if unmatched:
+        raise ConfigError(
+            f"parts {unmatched} match no kind, no group and no tensor of one; groups are "
+            f"{[g.name for g in groups[:3]]}{' and so on' if len(groups) > 3 else ''}"
+        )
+    rest: list[Group] = []
+    for index, group in enumerate(groups):
+        members.get(next((key for key, found in fits.items() if found[index]), ""), rest).append(group)
+    asked = [("", config.asked, rest), *((k, config.asked_of((config.parts or {})[k]), m) for k, m in members.items())]
+    return [(key, amount, found) for key, amount, found in asked if amount is not None and found]
+
+
+def _choose(groups: Sequence[Group], scores: Scores, config: HapConfig, wanted: Amount) -> Choice | str:
+    """Decide which units of groups go that compete with each other."""
+    ranking = Ranking.of(groups, scores, config)
     # A share of the units says how many go; what goes to meet a budget has to be searched.
     cut = wanted.what.num_cut(wanted.keep, ranking.total)
     if cut is None:
@@ -68,9 +117,7 @@ def choose(groups: Sequence[Group], scores: Scores, config: HapConfig, amount: A
         if not any(s.pruned or s.implanted for s in splits):
             return _why_nothing(ranking, cut, wanted)
     notes += _outcome(ranking, cut, splits)
-    chosen = {g.name: ranking.plan(index, splits[index]) for index, g in enumerate(ranking.groups)}
-    # Groups that stay whole are named, too: reports list them, and a decision that is loaded finds its groups here.
-    stage = tuple(chosen.get(g.name) or GroupPlan(g, KEEP * g.num_units) for g in groups)
+    stage = tuple(ranking.plan(index, splits[index]) for index in range(len(groups)))
     return Choice(stage, ranking.values[min(cut, ranking.total - 1)].item(), tuple(notes))
 
 
@@ -141,6 +188,25 @@ def select_groups(groups: Sequence[Group], config: HapConfig) -> tuple[Group, ..
     return left
 
 
+def check_takes_implants(groups: Sequence[Group], config: HapConfig) -> None:
+    """Check that there is a layer in which an implant could stand, if any are asked for.
+
+    Args:
+        groups: The groups that are selected.
+        config: Settings; ``implant_ratio`` is used.
+
+    Raises:
+        ConfigError: If there is none.
+    """
+    if config.implant_ratio and not any(s.role is Role.PRODUCER for g in groups for s in g.slices):
+        layers = sorted({s.tensor.rpartition(".")[0] for g in groups for s in g.slices if s.role is Role.FACTOR})
+        raise ConfigError(
+            f"implant_ratio={config.implant_ratio} asks for implants, and none of the layers takes one: {layers[:4]}"
+            f"{' and so on' if len(layers) > 4 else ''}; they stand in for linear layers and for ungrouped nn.Conv2d "
+            "with a kernel of more than one tap. Set implant_ratio=0"
+        )
+
+
 def _why_nothing(ranking: Ranking, cut: int, amount: Amount) -> str:
     """Return why nothing would change: no unit is below the threshold, or limits of groups bring all of them back."""
     config = ranking.config
@@ -154,7 +220,7 @@ def _why_nothing(ranking: Ranking, cut: int, amount: Amount) -> str:
             f"max_group_ratio={config.max_group_ratio} and the best unit of each group bring back {capped} "
             f"and round_to={config.round_to} brings back {cut - capped}"
         )
-    return f"the plan would change nothing: {reason}; raise prune_ratio or loosen these settings"
+    return f"{_NOTHING}: {reason}; raise prune_ratio or loosen these settings"
 
 
 def _outcome(ranking: Ranking, cut: int, splits: Sequence[Split]) -> list[tuple[bool, str]]:

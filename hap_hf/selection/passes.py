@@ -98,7 +98,7 @@ def score_in_passes(
     silenced = partial(masked, evidence.model) if compensation is None else compensation.applied
     for number in range(1, config.passes):
         # Units of earlier passes come first in the ranking, so each choice contains the one before: nothing comes back.
-        choice = choose(groups, scores, config, config.asked.after(number / config.passes))
+        choice = choose(groups, scores, config, number / config.passes)
         if isinstance(choice, str):  # so small a share may take no unit at all
             logger.debug("pass %d of %d takes nothing: %s", number, config.passes, choice)
             continue

@@ -4,6 +4,7 @@ Within a group the pruned units are the least sensitive ones, the implanted ones
 most sensitive, so two counts say everything about a group.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -138,9 +139,10 @@ class Ranking:
             # Knapsack: with a budget the best units are those that are worth most for what they cost.
             parts.append(part / (config.per.unit_cost(g) if config.per is not None else 1.0))
         passes = [_pass_of(scores, g) for g in groups]
-        order = _least_first(torch.cat(parts), torch.cat(passes))  # [total]
+        within = [_least_first(*pair) for pair in zip(parts, passes, strict=True)]
+        order = _evenly(within) if config.equal_widths else _least_first(torch.cat(parts), torch.cat(passes))  # [total]
         owners = torch.repeat_interleave(torch.arange(len(parts)), torch.tensor([len(p) for p in parts]))[order]
-        orders = tuple(tuple(_least_first(*pair).tolist()) for pair in zip(parts, passes, strict=True))
+        orders = tuple(tuple(w.tolist()) for w in within)
         return cls(tuple(groups), config, orders, owners, torch.cat(parts)[order])
 
     @property
@@ -184,6 +186,13 @@ class Ranking:
         gone, pruned = (
             torch.bincount(self.owners[:count], minlength=len(self.groups)).tolist() for count in (cut, removed)
         )
+        if self.config.equal_widths:
+            # A cut ends in the midst of groups of one size: all of them go as far as the first.
+            sizes = [g.num_units for g in self.groups]
+            gone, pruned = (
+                [max(c for c, m in zip(counts, sizes, strict=True) if m == n) for n in sizes]
+                for counts in (gone, pruned)
+            )
         splits = []
         for index in range(len(self.groups)):
             capped = min(gone[index], self.cap(index))
@@ -238,8 +247,9 @@ class Ranking:
         return (survivors - 1) // step * step
 
     def _multiple(self, index: int) -> int:
-        """Return what the width of a group is a multiple of: for heads 1, as their number is no width of a matrix."""
-        return 1 if self.groups[index].kind is Kind.HEADS else self.config.round_to
+        """Return what the width of a group is a multiple of; round_to is for widths of matrices, not for heads."""
+        own = 1 if self.groups[index].kind is Kind.HEADS else self.config.round_to
+        return math.lcm(own, self.config.shards)
 
     def plan(self, index: int, split: Split) -> GroupPlan:
         """Return the plan of a group that is split like this.
@@ -265,6 +275,16 @@ def _pass_of(scores: Scores, group: Group) -> Tensor:
     last = torch.iinfo(torch.long).max
     # 0 stands for the last pass, which comes after all others.
     return torch.full((group.num_units,), last) if passes is None else passes.where(passes > 0, last)
+
+
+def _evenly(within: Sequence[Tensor]) -> Tensor:
+    """Return the order in which an equal share of each group goes at any time, from the orders within the groups."""
+    places = []
+    for order in within:
+        place = torch.empty(len(order), dtype=torch.float64)
+        place[order] = (torch.arange(len(order), dtype=torch.float64) + 0.5) / len(order)
+        places.append(place)
+    return torch.argsort(torch.cat(places), stable=True)
 
 
 def _least_first(sensitivity: Tensor, passes: Tensor) -> Tensor:

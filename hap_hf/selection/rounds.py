@@ -44,6 +44,24 @@ class Round:
         return way if self.ramp == Ramp.LINEAR else 1 - (1 - way) ** 3
 
 
+def check_rounds(config: HapConfig, num_rounds: int) -> HapConfig:
+    """Return the settings, if what they ask for can be reached in several rounds.
+
+    Args:
+        config: The settings for all rounds together.
+        num_rounds: Number of rounds.
+
+    Returns:
+        The same settings.
+
+    Raises:
+        ConfigError: If parts have shares of their own, of which each round would have to know what they began with.
+    """
+    if config.parts and num_rounds > 1:
+        raise ConfigError(f"parts={dict(config.parts)} takes one round, got num_rounds={num_rounds}; set num_rounds=1")
+    return config
+
+
 def config_of_round(config: HapConfig, place: Round, now: float) -> HapConfig:
     """Return the settings of one round, relative to the model as it is at that moment.
 
@@ -59,10 +77,11 @@ def config_of_round(config: HapConfig, place: Round, now: float) -> HapConfig:
         The settings to hand to the pipeline.
 
     Raises:
-        ConfigError: If earlier rounds already took more than the target.
+        ConfigError: If earlier rounds already took more than the target, or parts have shares of their own.
     """
     if place.total == 1:
         return config
+    check_rounds(config, place.total)
     # Shares are always of the dense model, so that rounding in one round is made up for in the next.
     asked, start = config.asked, now if place.start is None else place.start
     if not start:  # groups that cost nothing, of which the choice of units has more to say

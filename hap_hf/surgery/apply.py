@@ -178,7 +178,7 @@ def _cut(
     # Only the output rows of a projection are factored; its other tensors follow the units' new order.
     out = output_dim(module) if is_projection(module) and name.endswith("weight") else None
     if out in parts and len(parts[out].factored) and any(name in g.ranks for _, g in by_dim[out]):
-        return _implant(model, name, by_dim[out], parts, moments, undo)
+        return _implant(model, name, by_dim[out], parts, init, moments, undo)
     return [_resize(module, name, parts, init)]
 
 
@@ -224,8 +224,7 @@ def _resize(module: nn.Module, name: str, parts: Mapping[int, Order], init: Impl
         # Silent implants: the columns that read them are zero. With zeros inside the implants, products of two of them
         # (query and key, gate and up) would never get a gradient.
         for dim, part in parts.items():
-            silent = torch.isin(part.survivors, part.read_from_implants).nonzero().flatten()
-            new.index_fill_(dim, silent.to(new.device), 0)
+            _silence(new, dim, part)
     if isinstance(old, nn.Parameter):
         new = nn.Parameter(new, requires_grad=old.requires_grad)
         if old.grad is not None:
@@ -234,11 +233,18 @@ def _resize(module: nn.Module, name: str, parts: Mapping[int, Order], init: Impl
     return TensorChange(name, old, new, index)
 
 
+def _silence(tensor: Tensor, dim: int, part: Order) -> None:
+    """Zero what reads implanted units."""
+    silent = torch.isin(part.survivors, part.read_from_implants).nonzero().flatten()
+    tensor.index_fill_(dim, silent.to(tensor.device), 0)
+
+
 def _implant(
     model: nn.Module,
     name: str,
     pairs: Sequence[tuple[Slice, GroupPlan]],
     parts: Mapping[int, Order],
+    init: ImplantInit,
     moments: Mapping[str, Tensor],
     undo: Undo,
 ) -> list[TensorChange]:
@@ -259,6 +265,10 @@ def _implant(
         values = kind.fitted(rows.T if out == 1 else rows, implant, _part(moments.get(name), inputs))
         for leaf, value in values.items():
             implant.get_parameter(leaf).data.copy_(value)
+        if init is ImplantInit.ZERO and inp in parts:
+            # As in _resize: this layer may itself read implants of others.
+            for leaf in known(implant).reads:
+                _silence(implant.get_parameter(leaf).data, inp if leaf == "weight" else 1, parts[inp])
     # The bias, still whole or already cut, is taken over as it is: its own slices decide about it.
     implant.bias = module.bias if isinstance(module.bias, nn.Parameter) else None
     added = implant_tensors(implant)

@@ -125,7 +125,7 @@ def _role_problems(tensor: str, role: Role, dim: int, modules: dict[str, nn.Modu
     # For each role the dimension where its units lie, and whether this tensor of the layer can play it at all.
     expected = {
         Role.PRODUCER: (output_dim(module), leaf == "weight" and not kind.has_implant),
-        Role.FACTOR: (output_dim(module) if leaf == "weight" else 0, kind.has_implant and leaf in kind.makes),
+        Role.FACTOR: (output_dim(module) if leaf == "weight" else 0, leaf in kind.makes),
         Role.CONSUMER: (input_dim(module) if leaf == "weight" else 1, leaf in kind.reads),
     }[role]
     if expected != (dim, True):

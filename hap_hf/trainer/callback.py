@@ -18,7 +18,7 @@ from hap_hf.names.checks import member
 from hap_hf.pipeline import prune_round
 from hap_hf.planned import prune_as_planned
 from hap_hf.report import PruningReport
-from hap_hf.selection import Ramp, Round
+from hap_hf.selection import Ramp, Round, check_rounds
 from hap_hf.trainer.best_model import forget_best_
 from hap_hf.trainer.compiled import check_compiled
 from hap_hf.trainer.distributed import check_arguments, check_wrapping, processes_of, rewrap_
@@ -107,7 +107,7 @@ class HessianPruner(Shrinks, ExportableState):
                 "regularise shrinks units in the steps before a round, so step=... must say when it comes"
             )
         super().__init__()
-        self.config = config if isinstance(config, HapConfig) else HapConfig.from_dict(config)
+        self.config = check_rounds(config if isinstance(config, HapConfig) else HapConfig.from_dict(config), num_rounds)
         self.step = step
         self.epoch = epoch
         self.num_rounds = num_rounds

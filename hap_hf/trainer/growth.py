@@ -218,7 +218,8 @@ def begin_growth(
         planned, start, stage = decision.expected, decision.place.start, decision.stage
         groups = [g.group for g in stage]
     else:
-        groups, start = list(discover(evidence.model, evidence.example).groups), place.start
+        found = discover(evidence.model, evidence.example, others=evidence.others())
+        groups, start = list(found.groups), place.start
         stage = tuple(GroupPlan(g, KEEP * g.num_units) for g in groups)
     shrinking = tuple(g.name for g in select_groups(groups, config))
     return Growth(settings, stage, shrinking, began, len(rates), then, first, start, planned)

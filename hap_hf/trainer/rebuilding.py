@@ -14,7 +14,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import CONFIG_NAME
 
 from hap_hf.checkpoint import plan_of, record_bits, record_plan
-from hap_hf.checkpoint.loading import QUANT_METHODS, HapPlanConfig
+from hap_hf.checkpoint.entry import QUANT_METHODS, HapPlanConfig
 from hap_hf.errors import ConfigError
 from hap_hf.model.quantizing import apply_bits_, quantized_layers
 from hap_hf.model.rollback import undone_on_error
@@ -188,9 +188,9 @@ def _missing_rounds(model: nn.Module, plan: PruningPlan, folder: Path) -> Prunin
         ConfigError: If something else, or more, was done to the model.
     """
     own = plan_of(model)
-    if own is None and not isinstance(model, PreTrainedModel):
-        # No plan is recorded on other models: only their shapes tell.
-        own = plan if is_described(model, plan) else None
+    if not isinstance(model, PreTrainedModel) and is_described(model, plan):
+        # Whoever loads another model by its state_dict records no plan: only shapes tell.
+        own = plan
     done = () if own is None else own.stages
     if plan.stages[: len(done)] != done:
         raise ConfigError(

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 import hap_hf
-from hap_hf.discovery import find
+from hap_hf.discovery import runs
 from hap_hf.evidence.batches import shortened
 
 LONG = 30  # of 32 positions
@@ -40,7 +40,7 @@ def test_few_tokens_tell_the_same_groups_as_all_of_them(name, long_batches, monk
     model, batch = cases.build(name), cases.batch_of(name)
     assert batch["input_ids"].shape[1] == LONG
     found = hap_hf.find_groups(model, batch)
-    monkeypatch.setattr(find, "shortened", whole)
+    monkeypatch.setattr(runs, "shortened", whole)
     assert found == hap_hf.find_groups(model, batch)  # uses and core_macs included: they are counted at the full length
 
 
@@ -58,9 +58,10 @@ def lengths_seen(model, batch):
 def test_nothing_is_differentiated_at_the_full_length(long_batches):
     seen = lengths_seen(cases.build("llama"), cases.batch_of("llama"))
     assert {length for length, differentiated in seen if differentiated} == {16}
-    # One run to count, one for the output without any removal, three pairs of masked and pruned, and one more pair for
+    # One run to count, two to see what is called in evaluation and in training, one for the output without any
+    # removal, five pairs of masked and pruned, one more pair for
     # the heads and one for the neurons, all of them gone.
-    assert sum(length == LONG for length, _ in seen) == 12
+    assert sum(length == LONG for length, _ in seen) == 18
 
 
 def test_short_texts_are_looked_at_as_they_are():

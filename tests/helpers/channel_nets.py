@@ -207,7 +207,7 @@ NETS: dict[str, tuple[Callable[[], nn.Module], dict[str, int]]] = {
     "repeated": (Repeated, {"primary": 6, "last": 5}),
     "split": (Split, {"first": 5, "left": 5, "last": 4}),
     "chunked": (Chunked, {"first": 5, "last": 4}),
-    "flattened": (Flattened, {"first": 5}),
+    "flattened": (Flattened, {"first": 5, "": 6}),
     "normed": (Normed, {"": 11}),
     "scaled": (Scaled, {"first": 6, "last": 4}),
     "one dimension": (OneDimensional, {"first": 6, "last": 4}),

@@ -15,7 +15,7 @@ import pytest
 
 import hap_hf
 from hap_hf import HapConfig, HessianPruner, known_criteria
-from hap_hf.checkpoint.loading import QUANT_METHOD
+from hap_hf.checkpoint.entry import QUANT_METHOD
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"

@@ -95,7 +95,8 @@ class Gated(nn.Module):
     def __init__(self, *, twice: bool) -> None:
         super().__init__()
         self.num_heads, self.twice = 4, twice
-        self.q, self.k, self.v, self.o, self.gate = (nn.Linear(8, 8) for _ in range(5))
+        self.q, self.k, self.v, self.o = (nn.Linear(8, 8) for _ in range(4))
+        self.gate = nn.Linear(8, 8) if twice else None
 
     def forward(self, x):
         q, k, v = (p(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for p in (self.q, self.k, self.v))
