@@ -50,6 +50,7 @@ class Decision:
         scored: Sums of all weights that were scored, by which ``decide_again`` recognises the model.
         compensation: What is known of the layers' inputs, for other amounts; None where nothing compensates.
         seconds: Wall-clock time of each step.
+        loss: Mean loss of the model on the batches; None where the criterion looks at no batch.
     """
 
     evidence: Evidence
@@ -66,6 +67,7 @@ class Decision:
     scored: Mapping[str, float] = field(default_factory=dict)
     compensation: Compensation | None = None
     seconds: Mapping[str, float] = field(default_factory=dict)
+    loss: float | None = None
 
     @property
     def plan(self) -> PruningPlan:
@@ -83,12 +85,13 @@ class Decision:
         )
         return self.report(after, self.seconds)
 
-    def report(self, after: ModelSize, seconds: Mapping[str, float]) -> PruningReport:
+    def report(self, after: ModelSize, seconds: Mapping[str, float], loss: float | None = None) -> PruningReport:
         """Return what was done, once it was.
 
         Args:
             after: Size of the model afterwards.
             seconds: Wall-clock time of each step.
+            loss: Mean loss on the batches afterwards.
 
         Returns:
             The report.
@@ -102,6 +105,8 @@ class Decision:
             threshold=self.threshold,
             left_whole=self.discovery.left_whole,
             seconds=seconds,
+            loss_before=self.loss,
+            loss_after=loss,
         )
 
     def __str__(self) -> str:
@@ -162,6 +167,7 @@ class Decision:
             "left_whole": [asdict(w) for w in self.discovery.left_whole],
             "groups": [g.name for g in self.discovery.groups],
             "seconds": dict(self.seconds),
+            "loss": self.loss,
         }
         tensors = {
             f"{part}/{name}": tensor.contiguous()
@@ -219,6 +225,7 @@ class Decision:
             entry["stamps"],
             entry["scored"],
             seconds=entry["seconds"],
+            loss=entry.get("loss"),
         )
 
     def without_values(self) -> "Decision":

@@ -15,10 +15,12 @@ from hap_hf.config import HapConfig
 from hap_hf.curvature import Watchable
 from hap_hf.decision import Decision, stamps_of
 from hap_hf.discovery import check_equals_masked
-from hap_hf.errors import BatchError, ConfigError
-from hap_hf.evidence.evidence import Evidence
+from hap_hf.errors import ConfigError
+from hap_hf.evidence.evidence import Evidence, mean_loss
+from hap_hf.evidence.guessing import loss_of_trained
 from hap_hf.evidence.losses import LossFunction
-from hap_hf.host import BatchNorm
+from hap_hf.evidence.memory import in_batches_that_fit
+from hap_hf.evidence.progress import job
 from hap_hf.model.change import TensorChange
 from hap_hf.model.rollback import undone_on_error
 from hap_hf.model.stale import note_replaced
@@ -26,15 +28,17 @@ from hap_hf.model.values import replace_values_
 from hap_hf.names.outcome import whole
 from hap_hf.names.plan import GroupPlan, PruningPlan
 from hap_hf.report import Clock, ModelSize, PruningReport, measure_size
+from hap_hf.report.last import note_report
 from hap_hf.selection import Round, at_the_door, config_of_round, measure_and_score, score_in_passes, select_groups
-from hap_hf.selection.make import Choice, check_takes_implants, choose
+from hap_hf.selection.make import check_takes_implants, choose
+from hap_hf.selection.passes import num_parts
 from hap_hf.surgery import (
     ImplantInit,
     apply_plan_,
     carry_optimizer_state_,
     collect_input_moments,
-    recalibrate_batch_norms_,
 )
+from hap_hf.surgery.recalibration import recalibrate_or_keep_
 
 logger = logging.getLogger(__name__)
 
@@ -96,7 +100,11 @@ def prune_round(
         The report, and the round with what could be pruned before the first one.
     """
     # Inside out: all processes raise if one of them fails, and then each puts back its own model.
-    with undone_on_error(evidence.model, optimizer), evidence.processes.agreeing("pruning"):
+    with (
+        undone_on_error(evidence.model, optimizer),
+        evidence.processes.agreeing("pruning"),
+        job("pruning", num_parts(config), shown=evidence.progress),
+    ):
         decision = decide(evidence, config, place)
         return _carried_out(evidence.model, decision, optimizer), decision.place
 
@@ -118,7 +126,13 @@ def decide(evidence: Evidence, config: HapConfig, place: Round | None = None) ->
         CurvatureError: If a loss or a derivative is not finite, or does not depend on the weights.
         UnsupportedModelError: If the model cannot be analysed, or nothing in it can be removed.
     """
-    model, place, clock = evidence.model, place or Round(), Clock()
+    with job("deciding", num_parts(config), shown=evidence.progress):
+        return _decided(evidence, config, place or Round())
+
+
+def _decided(evidence: Evidence, config: HapConfig, place: Round) -> Decision:
+    """Return the decision; see :func:`decide`."""
+    model, clock = evidence.model, Clock()
     evidence, config, found, chosen = admitted(evidence, config, clock)
     for entry in found.missing(config.kinds):
         logger.warning("no %s can be removed, left whole are %s", entry.kind, entry)
@@ -129,6 +143,9 @@ def decide(evidence: Evidence, config: HapConfig, place: Round | None = None) ->
     check_takes_implants(chosen, config)
     before = measure_size(model, evidence.example)
     clock.lap("discovery")
+    # Other criteria may be given batches without labels.
+    loss = loss_of_trained(evidence) if config.criterion.needs_batches else None
+    clock.lap("loss")
     compensation, first, watchable = None, None, Watchable()
     # Before scoring: each pass silences the units of those before it, and what reads them makes up for it.
     if config.compensates:
@@ -139,10 +156,8 @@ def decide(evidence: Evidence, config: HapConfig, place: Round | None = None) ->
     )
     clock.lap("scoring")
     scored = stamps_of(model, dict.fromkeys(s.tensor for g in chosen for s in g.slices))
-    draft = Decision(
-        evidence, config, found, scores, (), 0.0, {}, {}, before, place, scored=scored, compensation=compensation
-    )
-    return _with_choice(draft, config, clock)
+    draft = Decision(evidence, config, found, scores, (), 0.0, {}, {}, before, place, scored=scored, loss=loss)
+    return _with_choice(replace(draft, compensation=compensation), config, clock)
 
 
 def decide_again(decision: Decision, config: HapConfig) -> Decision:
@@ -206,8 +221,11 @@ def _carried_out(model: nn.Module, decision: Decision, optimizer: Optimizer | No
     decision.check_fits(model)
     check_recordable(model, decision.plan)
     after = cut_(evidence, decision.config, decision.plan, decision.values, decision.moments, optimizer, clock)
-    report = decision.report(after, clock.seconds)
+    loss = None if decision.loss is None else in_batches_that_fit(mean_loss, evidence)
+    clock.lap("loss after")
+    report = decision.report(after, clock.seconds, loss)
     record_plan(model, decision.plan)  # comes last: with nothing behind it that could fail, it need not be undone
+    note_report(model, report)
     return report
 
 
@@ -233,7 +251,7 @@ def cut_(
         carry_optimizer_state_(optimizer, changes)
     clock.lap("surgery")
     if config.recalibrate:
-        _recalibrate(model, evidence)
+        recalibrate_or_keep_(model, evidence)
         clock.lap("recalibration")
     size = measure_size(model, evidence.example)
     processes.check_same_tensors("weights after pruning", dict(model.named_parameters()), NOT_ALIKE)
@@ -246,7 +264,9 @@ def _with_choice(draft: Decision, config: HapConfig, clock: Clock) -> Decision:
     if isinstance(choice, str):
         raise ConfigError(choice)
     choice.log()
-    evidence.processes.check_same("plan", _plain(choice, draft.place), NOT_ALIKE)
+    actions = {g.group.name: (g.actions, g.ranks) for g in choice.stage}
+    plain = {"threshold": choice.threshold, "round": draft.place, "actions": actions}
+    evidence.processes.check_same("plan", plain, NOT_ALIKE)
     clock.lap("selection")
     moments, values = around_cut(evidence, config, choice.stage, draft.compensation, clock)
     return replace(
@@ -276,23 +296,3 @@ def around_cut(
         values = compensation.best_values(stage, evidence)
         clock.lap("compensation")
     return moments, values
-
-
-def _plain(choice: Choice, place: Round) -> dict[str, Any]:
-    """Return what all processes must have chosen, in values that can be compared."""
-    actions: dict[str, tuple[GroupPlan, ...] | Any] = {g.group.name: (g.actions, g.ranks) for g in choice.stage}
-    return {"threshold": choice.threshold, "round": place, **actions}
-
-
-def _recalibrate(model: nn.Module, evidence: Evidence) -> None:
-    """Estimate the statistics of batch norms anew, or keep the old ones where the batches do not allow it."""
-    if not any(isinstance(module, BatchNorm) for module in model.modules()):
-        return
-    # All of them first: finding out what a loss calls the model with runs it, and would be counted in.
-    batches, processes = list(evidence.inputs()), evidence.processes
-    try:
-        with processes.agreeing("recalibration"):
-            recalibrate_batch_norms_(model, batches, processes=processes)
-    except BatchError as error:
-        # The model is right without; statistics of an unfit batch would be worse than the old ones.
-        logger.warning("batch norms keep the statistics from before pruning: %s", error)

@@ -13,6 +13,7 @@ from hap_hf.model.bare import check_bare
 from hap_hf.model.rollback import undone_on_error
 from hap_hf.pipeline import around_cut, cut_
 from hap_hf.report import Clock, PruningReport
+from hap_hf.report.last import note_report
 from hap_hf.selection import at_the_door
 
 
@@ -50,4 +51,6 @@ def prune_as_planned(
         after = cut_(evidence, config, planned.plan, values, moments, optimizer, clock)
         loss = mean_loss(evidence)
         record_plan(model, planned.plan)
-        return replace(planned, after=after, seconds=clock.seconds, loss_before=before, loss_after=loss)
+        report = replace(planned, after=after, seconds=clock.seconds, loss_before=before, loss_after=loss)
+        note_report(model, report)
+        return report

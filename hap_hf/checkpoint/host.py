@@ -5,6 +5,7 @@ Seen in transformers 5.17 to 5.24.
 
 import functools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -47,6 +48,25 @@ def forget_adapters_(model: nn.Module) -> None:
     """
     for name in ("_hf_peft_config_loaded", "peft_config"):
         vars(model).pop(name, None)
+
+
+def check_at_upload(add: Callable[[PreTrainedModel, Path, str], None]) -> None:
+    """Let ``push_to_hub`` of every model add files to what it uploads.
+
+    Args:
+        add: Called with the model, the folder that will be uploaded, and the name of the repository.
+    """
+    upload: Any = PreTrainedModel._upload_modified_files
+    if hasattr(upload, _WRAPPED):
+        return
+
+    @functools.wraps(upload)
+    def adding(self: PreTrainedModel, working_dir: str, repo_id: str, *args: Any, **kwargs: Any) -> Any:
+        add(self, Path(working_dir), repo_id)
+        return upload(self, working_dir, repo_id, *args, **kwargs)
+
+    setattr(adding, _WRAPPED, True)
+    setattr(PreTrainedModel, "_upload_modified_files", adding)  # noqa: B010 (a method, which mypy lets nobody assign)
 
 
 def prepare_at_saving(prepare: Callable[[PreTrainedModel, Any], Any]) -> None:

@@ -8,6 +8,25 @@ from torch import Tensor
 from hap_hf.errors import BatchError, CurvatureError
 
 
+def checked_scalar(loss: object, batch: int) -> Tensor:
+    """Return ``loss`` if it is a scalar, finite or not.
+
+    Args:
+        loss: What a loss function returned.
+        batch: Index of the batch, for messages.
+
+    Returns:
+        The loss.
+
+    Raises:
+        CurvatureError: If it is no scalar tensor.
+    """
+    if not isinstance(loss, Tensor) or loss.dim():
+        got = f"shape {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+        raise CurvatureError(f"batch {batch}: expected the loss to be a scalar tensor, got {got}")
+    return loss
+
+
 def checked_loss(loss: object, batch: int) -> Tensor:
     """Return ``loss`` if it can be differentiated.
 
@@ -22,9 +41,7 @@ def checked_loss(loss: object, batch: int) -> Tensor:
         CurvatureError: If it is no scalar tensor, not finite, or does not depend on the weights.
     """
     # Autograd would refuse these too, but without the number of the batch, and what is infinite not at all.
-    if not isinstance(loss, Tensor) or loss.dim():
-        got = f"shape {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-        raise CurvatureError(f"batch {batch}: expected the loss to be a scalar tensor, got {got}")
+    loss = checked_scalar(loss, batch)
     value = loss.item()
     if not math.isfinite(value):
         raise CurvatureError(

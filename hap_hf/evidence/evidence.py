@@ -10,16 +10,16 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
 from hap_hf.curvature import SampleBatch, rademacher
-from hap_hf.curvature.batch_loss import check_counts
+from hap_hf.curvature.batch_loss import check_counts, checked_scalar
 from hap_hf.errors import BatchError, ConfigError, UnsupportedModelError
 from hap_hf.evidence.batches import OWN_OUTPUTS, Batch, as_batch, as_given, called_with, few_samples
 from hap_hf.evidence.facts import Facts
 from hap_hf.evidence.losses import LossFunction, batch_losses, model_loss
 from hap_hf.evidence.precision import Precision
 from hap_hf.evidence.processes import ALONE, Processes
+from hap_hf.evidence.progress import part
 from hap_hf.evidence.samples import num_samples
 from hap_hf.model.state import preserved
 from hap_hf.names.checks import at_least, member
@@ -193,9 +193,9 @@ class Evidence:
             preserved(self.model, tensors, plain_attention=twice, without_checkpointing=not checkpointed),
             # The caller's autocast must not reach into the derivatives.
             torch.autocast(next(self.model.parameters()).device.type, enabled=False),
-            tqdm(total=len(self.batches) * ticks, desc=title, unit=unit, disable=not self.progress) as bar,
+            part(title, unit, len(self.batches) * ticks, shown=self.progress) as tick,
         ):
-            yield bar.update
+            yield tick
 
     def loss_scale(self, tensors: Mapping[str, Tensor]) -> float:
         """Return the loss scale to begin with.
@@ -303,7 +303,7 @@ def mean_loss(evidence: Evidence) -> float:
             seen, num_terms = seen + 1, num_terms + number
             if number:
                 # Each batch's loss is the mean over its own terms, of which it may have more or fewer.
-                total += number * loss().double().cpu()
+                total += number * checked_scalar(loss(), seen - 1).double().cpu()
             tick()
     counts = torch.tensor([seen, num_terms], device="cpu")
     sums = evidence.processes.summed("losses", {"loss": total, "counts": counts})

@@ -9,7 +9,8 @@ from hap_hf.discovery import LeftWhole
 from hap_hf.errors import ConfigError
 from hap_hf.names.outcome import footprint, whole
 from hap_hf.names.plan import GroupPlan, PruningPlan
-from hap_hf.report.report import GroupReport, PruningReport
+from hap_hf.report.group import GroupReport
+from hap_hf.report.report import PruningReport
 from hap_hf.report.size import ModelSize
 
 
@@ -23,6 +24,8 @@ def make_report(
     threshold: float | None = None,
     left_whole: Sequence[LeftWhole] = (),
     seconds: Mapping[str, float] | None = None,
+    loss_before: float | None = None,
+    loss_after: float | None = None,
 ) -> PruningReport:
     """Put together what one stage of a plan did.
 
@@ -35,6 +38,8 @@ def make_report(
         threshold: Sensitivity (per cost, if so ranked) of the least sensitive unit above the cut.
         left_whole: What could not be removed, and why.
         seconds: Wall-clock time of each step.
+        loss_before: Mean loss before; None if unknown.
+        loss_after: Mean loss after; None if unknown.
 
     Returns:
         The report.
@@ -65,6 +70,9 @@ def make_report(
         left_whole=tuple(left_whole),
         seconds=dict(seconds or {}),
         plan=plan,
+        scores=scores,
+        loss_before=loss_before,
+        loss_after=loss_after,
     )
 
 
@@ -79,16 +87,16 @@ def _group_report(
     """Return what happened to one group; without scores for one that was not to be pruned."""
     group = plan.group
     # None is "not scored", 0 "scored, and none of them": sums leave out the former.
-    uncertain = negative = None
+    uncertain = negative = limit = None
     sensitivity = scores.sensitivity.get(group.name) if scores is not None else None
     if scores is not None and sensitivity is not None:
         negative = int((sensitivity < 0).sum())
-        error = scores.standard_error.get(group.name)
-        if threshold is not None and error is not None:
+        if threshold is not None:
             per = config.per if config is not None else None
             # The threshold may be per cost: times the cost of one of this group's units it is a sensitivity again.
             limit = threshold * (per.unit_cost(group) if per is not None else 1.0)
-            uncertain = int(near_threshold(sensitivity, error, limit).sum())
+            error = scores.standard_error.get(group.name)
+            uncertain = None if error is None else int(near_threshold(sensitivity, error, limit).sum())
     return GroupReport(
         name=group.name,
         kind=group.kind,
@@ -100,6 +108,8 @@ def _group_report(
         negative=negative,
         before=_size(whole([group])),
         after=_size([plan]),
+        limit=limit,
+        actions=plan.actions,
     )
 
 

@@ -9,57 +9,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
+from hap_hf.criteria import Scores
 from hap_hf.discovery import LeftWhole
 from hap_hf.errors import ConfigError
 from hap_hf.names.group import Kind
 from hap_hf.names.plan import PruningPlan
 from hap_hf.report.files import write_whole
+from hap_hf.report.group import GroupReport, number_of, size_of
+from hap_hf.report.scores import SCORES_FILE, load_scores, save_scores
 from hap_hf.report.size import ModelSize
 from hap_hf.report.tables import markdown, plain_text
-from hap_hf.report.words import counts, exact, share, size_cells
+from hap_hf.report.words import counts, exact, one_number, share, size_cells
 
 _COLUMNS = ("group", "units", "parameters left", "MACs left", "uncertain")
-
-
-@dataclass(frozen=True)
-class GroupReport:
-    """What happened to one group.
-
-    Args:
-        name: Name of the group.
-        kind: What one unit is.
-        units: Number of units before.
-        kept: Number of units kept.
-        implanted: Number of units implanted.
-        removed: Number of units removed.
-        uncertain: Units within two standard errors of the threshold; None where the group was not scored.
-        negative: Units with a negative sensitivity; None where the group was not scored.
-        before: Size of the group before.
-        after: Size of the group after, implants included.
-    """
-
-    name: str
-    kind: Kind
-    units: int
-    kept: int
-    implanted: int
-    removed: int
-    uncertain: int | None
-    negative: int | None
-    before: ModelSize
-    after: ModelSize
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Return what ``to_dict`` of a report said of one group."""
-        given = {name: value for name, value in values.items() if name != "summary"}  # which follows from the others
-        sizes = {name: _size(values[name]) for name in ("before", "after")}
-        return cls(**{**given, **sizes, "kind": Kind(values["kind"])})
-
-    @property
-    def summary(self) -> str:
-        """The heads or the width, as in ``heads 12 -> 7 (+2 implants)``: 7 are kept, 2 implanted, 3 removed."""
-        return f"{self.kind.value} {counts(self.units, self.kept, self.implanted)}"
 
 
 @dataclass(frozen=True)
@@ -79,8 +41,9 @@ class PruningReport:
         left_whole: What could not be removed, and why.
         seconds: Wall-clock time of each step.
         plan: The plan that was applied.
-        loss_before: Loss on the batches right before the cut, where units were shrunk first.
-        loss_after: Loss on them right after it.
+        scores: What the plan was made from; None for a plan from elsewhere.
+        loss_before: Mean loss on the batches before; None where the scores need none.
+        loss_after: Mean loss on them after, before any training.
     """
 
     groups: tuple[GroupReport, ...]
@@ -95,6 +58,7 @@ class PruningReport:
     left_whole: tuple[LeftWhole, ...] = ()
     seconds: Mapping[str, float] = field(default_factory=dict)
     plan: PruningPlan = field(default=PruningPlan(()), repr=False)
+    scores: Scores | None = field(default=None, repr=False, compare=False)
     loss_before: float | None = None
     loss_after: float | None = None
 
@@ -103,6 +67,19 @@ class PruningReport:
         """Units within two standard errors of the threshold, of all scored groups; None without scores."""
         known = [g.uncertain for g in self.groups if g.uncertain is not None]
         return sum(known) if known else None
+
+    @property
+    def summary(self) -> str:
+        """What was done, in one line."""
+        parts = [
+            f"pruned to {one_number(self.before.params, self.after.params)} parameters",
+            f"{one_number(self.before.macs, self.after.macs)} MACs",
+        ]
+        if (left := share(self.prunable_after.params, self.prunable_before.params)) is not None:
+            parts.insert(1, f"{left:.1%} of the prunable ones")
+        if self.loss_before is not None and self.loss_after is not None:
+            parts.append(f"loss {self.loss_before:.4g} -> {self.loss_after:.4g}")
+        return ", ".join(parts)
 
     def units(self, kind: Kind) -> tuple[int, int, int]:
         """Return how many units of a kind there were, are kept and are implanted.
@@ -125,11 +102,10 @@ class PruningReport:
         Returns:
             The values.
         """
-        # asdict would take the plan apart, which has a form of its own and is long.
-        result = asdict(replace(self, plan=PruningPlan(())))
-        del result["plan"]
-        for entry, group in zip(result["groups"], self.groups, strict=True):
-            entry["summary"] = group.summary
+        # asdict would take the plan apart, which has a form of its own and is long, and the scores are tensors.
+        result = asdict(replace(self, plan=PruningPlan(()), scores=None, groups=()))
+        del result["plan"], result["scores"]
+        result["groups"] = [group.to_dict() for group in self.groups]
         result["uncertain_units"] = self.uncertain_units
         result["provenance"] = [dict(origin) for origin in self.plan.provenance]
         cleaned: dict[str, Any] = _jsonable(result)
@@ -151,11 +127,11 @@ class PruningReport:
         try:
             return cls(
                 groups=tuple(GroupReport.from_dict(g) for g in values["groups"]),
-                before=_size(values["before"]),
-                after=_size(values["after"]),
-                prunable_before=_size(values["prunable_before"]),
-                prunable_after=_size(values["prunable_after"]),
-                seconds={name: _number(x) for name, x in values["seconds"].items()},
+                before=size_of(values["before"]),
+                after=size_of(values["after"]),
+                prunable_before=size_of(values["prunable_before"]),
+                prunable_after=size_of(values["prunable_after"]),
+                seconds={name: number_of(x) for name, x in values["seconds"].items()},
                 left_whole=tuple(
                     LeftWhole(tuple(w["names"]), w["reason"], None if w["kind"] is None else Kind(w["kind"]))
                     for w in values.get("left_whole", ())
@@ -180,9 +156,11 @@ class PruningReport:
             directory: Folder with ``pruning_report.json``.
 
         Returns:
-            The report, without the plan, which the checkpoint carries.
+            The report, without the plan, which the checkpoint carries; with the scores if they lie beside it.
         """
-        return cls.from_dict(json.loads((Path(directory) / "pruning_report.json").read_text(encoding="utf-8")))
+        report = cls.from_dict(json.loads((Path(directory) / "pruning_report.json").read_text(encoding="utf-8")))
+        scores = Path(directory) / SCORES_FILE
+        return replace(report, scores=load_scores(scores)) if scores.is_file() else report
 
     def to_log(self) -> dict[str, float]:
         """Return the main numbers under flat names, for a Trainer's log."""
@@ -227,6 +205,10 @@ class PruningReport:
             "pruning_report.json": json.dumps(self.to_dict(), indent=2, ensure_ascii=False, allow_nan=False) + "\n",
             "pruning_report.md": self.to_markdown(),
         }
+        if self.scores is not None:
+            write_whole(folder / SCORES_FILE, partial(save_scores, self.scores))
+        else:  # those of an earlier report would be taken for this one's
+            (folder / SCORES_FILE).unlink(missing_ok=True)
         for name, text in texts.items():
             write_whole(folder / name, partial(Path.write_text, data=text, encoding="utf-8"))
 
@@ -262,15 +244,6 @@ class PruningReport:
         facts += [("left whole", str(entry)) for entry in self.left_whole]
         facts.append(("seconds", ", ".join(f"{name} {value:.1f}" for name, value in self.seconds.items())))
         return [(name, text) for name, text in facts if text]
-
-
-def _number(value: float | None) -> float:
-    """Return a number that JSON had no word for, if it was not finite, as NaN."""
-    return math.nan if value is None else value
-
-
-def _size(values: Mapping[str, Any]) -> ModelSize:
-    return ModelSize(values["params"], _number(values["macs"]))
 
 
 def _jsonable(value: Any) -> Any:

@@ -22,6 +22,11 @@ def exact(before: float, after: float) -> str:
     return f"{before:,.0f} -> {after:,.0f}{_percent(after, before)}"
 
 
+def one_number(before: float, after: float) -> str:
+    """Return a number before and after in short, with the share that is left."""
+    return f"{_short(before)} -> {_short(after)}{_percent(after, before)}"
+
+
 def share(part: float, whole: float) -> float | None:
     """Return a part as a share of the whole, None where there is none."""
     return part / whole if whole else None

@@ -10,6 +10,7 @@ from functools import partial
 import torch
 
 from hap_hf.compensation import Compensation
+from hap_hf.compensation.compensation import FLOORS
 from hap_hf.config import HapConfig
 from hap_hf.criteria import Scores, ScoringTask
 from hap_hf.curvature import InputListener, Watchable
@@ -189,3 +190,15 @@ def _merged(before: Scores, now: Scores, plan: Sequence[GroupPlan], number: int)
     return replace(
         now, sensitivity=sensitivity, standard_error=error, gone_in=gone_in, seconds=before.seconds + now.seconds
     )
+
+
+def num_parts(config: HapConfig) -> int:
+    """Return how many things are measured until a model is pruned, each of them on all batches.
+
+    Args:
+        config: The settings.
+
+    Returns:
+        The passes, the losses before and after, and those by which compensation is chosen.
+    """
+    return config.passes + 2 * config.criterion.needs_batches + (1 + len(FLOORS)) * config.compensates

@@ -1,5 +1,6 @@
 """New batch norm statistics for a network whose activations have changed."""
 
+import logging
 from collections.abc import Iterable
 from typing import Any
 
@@ -8,10 +9,13 @@ from torch import Tensor, nn
 
 from hap_hf.errors import BatchError
 from hap_hf.evidence.batches import as_batch, call, move_to_model
+from hap_hf.evidence.evidence import Evidence
 from hap_hf.evidence.processes import ALONE, Processes
 from hap_hf.host import BatchNorm
 from hap_hf.layers.projection import on_input
 from hap_hf.model.state import preserved
+
+logger = logging.getLogger(__name__)
 
 
 def recalibrate_batch_norms_(model: nn.Module, batches: Iterable[Any], *, processes: Processes = ALONE) -> int:
@@ -163,3 +167,22 @@ class _Statistics:
         """
         self.running_mean.copy_(mean)
         self.running_var.copy_(var)
+
+
+def recalibrate_or_keep_(model: nn.Module, evidence: Evidence) -> None:
+    """Estimate the statistics of batch norms anew, or keep the old ones where the batches do not allow it.
+
+    Args:
+        model: The model.
+        evidence: The batches, and the processes that share them.
+    """
+    if not any(isinstance(module, BatchNorm) for module in model.modules()):
+        return
+    # All of them first: finding out what a loss calls the model with runs it, and would be counted in.
+    batches, processes = list(evidence.inputs()), evidence.processes
+    try:
+        with processes.agreeing("recalibration"):
+            recalibrate_batch_norms_(model, batches, processes=processes)
+    except BatchError as error:
+        # The model is right without; statistics of an unfit batch would be worse than the old ones.
+        logger.warning("batch norms keep the statistics from before pruning: %s", error)

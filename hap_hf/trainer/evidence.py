@@ -53,7 +53,7 @@ def training_evidence(
             batches = scoring_batches(loader.dataset, loader.collate_fn, size, config, processes=processes)
         else:
             batches = processes.share(islice(given, config.max_batches))
-        if not trainer.state.is_local_process_zero:
+        if not trainer.state.is_local_process_zero or trainer.args.disable_tqdm:
             config = replace(config, progress=False)
         with processes.agreeing("drawing batches"):
             evidence = config.evidence(model, batches, loss_fn=loss_fn or trainer_loss(trainer), processes=processes)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
+from tqdm.auto import tqdm  # type: ignore[import-untyped]
 from transformers import Trainer, TrainerCallback, TrainerState
 
 from hap_hf.checkpoint import plan_of
@@ -147,13 +148,14 @@ def check_given(before: Iterable[str], now: Iterable[str]) -> None:
 
 
 def write_report(report: PruningReport, folder: Path, number: int | None) -> None:
-    """Write the report of a round.
+    """Write the report of a round, and say in a line what it did: the Trainer's log is a dictionary of numbers.
 
     Args:
         report: The report.
         folder: The Trainer's output folder.
         number: Number of the round, under which it is written once more; None with one round.
     """
+    tqdm.write(report.summary)
     try:
         report.save(folder)
         if number is not None:

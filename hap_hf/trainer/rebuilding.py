@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import CONFIG_NAME
 
+from hap_hf.card import let_trainer_add_card
 from hap_hf.checkpoint import plan_of, record_bits, record_plan
 from hap_hf.checkpoint.entry import QUANT_METHODS, HapPlanConfig
 from hap_hf.errors import ConfigError
@@ -39,6 +40,8 @@ def rebuild_before_loading(trainer: Trainer, kind: type[TrainerCallback]) -> Non
         kind: The class of the callback whose rounds are in the checkpoint.
     """
     wrap_loading_(trainer, partial(_rebuild_and_load, trainer, kind))
+    # Its other method that has to know of pruning, and there is no event for it either.
+    let_trainer_add_card(trainer)
 
 
 def _rebuild_and_load(

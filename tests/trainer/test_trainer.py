@@ -155,7 +155,8 @@ def test_scores_use_compute_loss_func(tmp_path):
     pruner = HessianPruner(config(method="hessian"))
     trainer = make_trainer(tmp_path, tiny_model(), pruner, compute_loss_func=spy, max_steps=1)
     trainer.train()
-    assert spy.calls == 2 + 2 + 1  # two looks at the first batch, two scoring batches, one training step
+    # Two looks at the first batch, two batches before pruning, scored and after it, and one training step.
+    assert spy.calls == 2 + 2 + 2 + 2 + 1
 
 
 def test_label_smoothing_changes_the_scores(tmp_path):
@@ -188,7 +189,7 @@ def test_given_batches_and_loss_are_used_instead_of_the_trainers(tmp_path):
     batches = [{k: torch.stack([s[k] for s in samples()[:5]]) for k in samples()[0]}]
     pruner = HessianPruner(config(method="hessian"), batches=batches, loss_fn=loss)
     make_trainer(tmp_path, tiny_model(), pruner, max_steps=1).train()
-    assert calls == [5] * 3  # two looks, and scoring
+    assert calls == [5] * 5  # two looks, the loss before, scoring, the loss after
 
 
 def test_what_was_done_is_logged_and_written(tmp_path):

@@ -250,7 +250,8 @@ def exploding(model, batch):
     """Return the loss, with a gradient that is not finite before the second layer."""
 
     def explode(module, args, output):
-        output.register_hook(lambda gradient: gradient * torch.inf)
+        if output.requires_grad:
+            output.register_hook(lambda gradient: gradient * torch.inf)
 
     hook = model.get_submodule("bert.encoder.layer.1.output.dense").register_forward_hook(explode)
     loss = model(**batch).loss

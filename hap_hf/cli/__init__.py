@@ -1,0 +1,1 @@
+"""The command line: ``hap-hf``, or ``python -m hap_hf``."""

@@ -1,0 +1,89 @@
+"""The settings of a config as flags of a command."""
+
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import typer
+
+from hap_hf.arguments import config_of, pruning_arguments
+from hap_hf.config import HapConfig
+
+Settings = Any
+"""What the flags say, for :func:`config_from`."""
+
+
+def _show_all(ctx: typer.Context, shown: bool) -> None:
+    if shown:
+        for parameter in ctx.command.params:
+            if isinstance(parameter, typer.core.TyperOption):
+                parameter.hidden = False
+        typer.echo(ctx.get_help())
+        raise typer.Exit
+
+
+def with_settings(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command a flag for every setting of the config, and ``--help-all``, which lists them.
+
+    Args:
+        command: A command with an argument ``settings``.
+
+    Returns:
+        The command without that argument, and with the flags.
+    """
+    arguments = pruning_arguments("seed", "max_batches")
+    own = [p for name, p in inspect.signature(command).parameters.items() if name != "settings"]
+    flags = [
+        inspect.Parameter(
+            f.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            # Hidden, as there are more than fit a screen. A flag of argparse doubles its per cent signs.
+            default=typer.Option(
+                None, help=f.metadata["help"].replace("%%", "%"), hidden=True, rich_help_panel="Settings"
+            ),
+            annotation=f.type,
+        )
+        for f in dataclasses.fields(arguments)
+    ]
+    flags.append(
+        inspect.Parameter(
+            "help_all",
+            inspect.Parameter.KEYWORD_ONLY,
+            default=typer.Option(False, "--help-all", callback=_show_all, is_eager=True, help="Show every setting."),
+            annotation=bool,
+        )
+    )
+
+    @functools.wraps(command)
+    def wrapped(**given: Any) -> None:
+        del given["help_all"]
+        settings = {flag.name: given.pop(flag.name) for flag in flags[:-1]}
+        # A flag that may be repeated is empty where it was not given.
+        settings = {name: None if value == [] else value for name, value in settings.items()}
+        command(**given, settings=arguments(**settings))
+
+    parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own]
+    vars(wrapped)["__signature__"] = inspect.Signature([*parameters, *flags])
+    wrapped.__annotations__ = {p.name: p.annotation for p in (*parameters, *flags)}
+    del wrapped.__wrapped__  # whose signature would count
+    return wrapped
+
+
+def config_from(settings: Settings, keep: float | None, *, seed: int, max_batches: int | None) -> HapConfig:
+    """Return the config that the flags ask for.
+
+    Args:
+        settings: What the flags of :func:`with_settings` say.
+        keep: Share of the prunable parameters to keep, where no other amount was given.
+        seed: The seed.
+        max_batches: How many batches to score on; 0 for all.
+
+    Returns:
+        The config.
+    """
+    amounts = ("prune_ratio", "target_params", "target_macs")
+    given = any(getattr(settings, name) is not None for name in amounts)
+    chosen = {} if given and keep is None else {"target_params": 0.5 if keep is None else keep}
+    return config_of(settings, **chosen, seed=seed, max_batches=max_batches or None)

@@ -1,0 +1,72 @@
+"""Pictures beside a checkpoint, where matplotlib is installed."""
+
+import importlib.util
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from hap_hf.errors import ConfigError
+from hap_hf.names.group import Kind
+from hap_hf.report import PruningReport
+from hap_hf.tradeoff import Tradeoff
+
+logger = logging.getLogger(__name__)
+
+
+def draw_report(report: PruningReport, folder: Path, suffix: str = ".png") -> list[Path]:
+    """Draw what a report shows.
+
+    Args:
+        report: The report.
+        folder: Where to write.
+        suffix: ``.png`` or ``.svg``.
+
+    Returns:
+        The files; none without matplotlib.
+    """
+    if importlib.util.find_spec("matplotlib") is None:
+        logger.warning('no pictures without matplotlib: pip install "hap_hf[plots]"')
+        return []
+    from hap_hf import plots
+
+    drawings: dict[str, Callable[[], Any]] = {"widths": lambda: plots.plot_widths(report)}
+    if report.scores is not None:
+        drawings["threshold"] = lambda: plots.plot_threshold(report)
+        if report.units(Kind.HEADS)[0]:
+            drawings["heads"] = lambda: plots.plot_sensitivity(report)
+    return _drawn(drawings, folder, suffix)
+
+
+def draw_sweep(sweep: Tradeoff, folder: Path, suffix: str = ".png") -> list[Path]:
+    """Draw what a sweep shows.
+
+    Args:
+        sweep: The sweep.
+        folder: Where to write.
+        suffix: ``.png`` or ``.svg``.
+
+    Returns:
+        The files; none without matplotlib.
+    """
+    if importlib.util.find_spec("matplotlib") is None:
+        logger.warning('no pictures without matplotlib: pip install "hap_hf[plots]"')
+        return []
+    from hap_hf import plots
+
+    return _drawn(
+        {"sweep": lambda: plots.plot_tradeoff(sweep), "losses": lambda: plots.plot_losses(sweep)}, folder, suffix
+    )
+
+
+def _drawn(drawings: dict[str, Callable[[], Any]], folder: Path, suffix: str) -> list[Path]:
+    files = []
+    for name, draw in drawings.items():
+        try:
+            picture = draw()
+        except ConfigError as error:  # a report without a threshold, scores that predict no loss
+            logger.info("no picture of %s: %s", name, error)
+            continue
+        files.append(folder / f"{name}{suffix}")
+        picture.save(files[-1])
+    return files

@@ -1,0 +1,133 @@
+"""Rows of text as samples of a model."""
+
+from collections.abc import Sequence
+from itertools import chain
+from typing import Any
+
+from hap_hf.cli.data import column
+from hap_hf.errors import ConfigError
+
+IGNORED = -100
+PAIRS = (
+    ("sentence1", "sentence2"),
+    ("premise", "hypothesis"),
+    ("question1", "question2"),
+    ("question", "sentence"),
+    ("question", "passage"),
+)
+TEXTS = ("text", "sentence", "content", "review")
+LABELS = ("label", "labels", "target")
+TAGS = ("ner_tags", "pos_tags", "tags", "labels")
+
+Sample = dict[str, Any]
+
+
+def text_columns(rows: Any, given: Sequence[str]) -> tuple[str, ...]:
+    """Return the one or two columns with text.
+
+    Args:
+        rows: Rows of a dataset.
+        given: Names that the user gave.
+
+    Returns:
+        The names.
+
+    Raises:
+        ConfigError: If they are not there, or more than two.
+    """
+    if len(given) > 2:
+        raise ConfigError(f"expected one column of text, or two of a pair, got {list(given)}")
+    if given:
+        return tuple(column(rows, name, (), "text") for name in given)
+    for pair in PAIRS:
+        if set(pair) <= set(rows.column_names):
+            return pair
+    return (column(rows, None, TEXTS, "text"),)
+
+
+def class_of(label: Any, config: Any) -> int | float:
+    """Return a label as the model counts it.
+
+    Args:
+        label: A number, or a name that the model's config knows.
+        config: The model's config.
+
+    Returns:
+        The number; of a model with one output the value itself.
+
+    Raises:
+        ConfigError: If the model has no such class.
+    """
+    if config.num_labels == 1:
+        return float(label)
+    number = config.label2id.get(label) if isinstance(label, str) else int(label)
+    if number is None and isinstance(label, str) and label.isdigit():
+        number = int(label)
+    if number is None or not 0 <= number < config.num_labels:
+        raise ConfigError(f"the model knows the classes {list(config.label2id)}, and the data has {label!r}")
+    return int(number)
+
+
+def classified(rows: Any, model: Any, tokenizer: Any, given: Any) -> list[Sample]:
+    """Return a sample for each row of one or two texts and a label."""
+    texts, label = text_columns(rows, given.text_column), column(rows, given.label_column, LABELS, "label")
+    encoded = tokenizer(*(list(rows[name]) for name in texts), truncation=True, max_length=given.max_length)
+    labels = [class_of(value, model.config) for value in rows[label]]
+    return [{**_row(encoded, i), "labels": value} for i, value in enumerate(labels)]
+
+
+def tagged(rows: Any, model: Any, tokenizer: Any, given: Any) -> list[Sample]:
+    """Return a sample for each row of words and tags; a word's tag is that of its first token."""
+    words = column(rows, given.text_column[0] if given.text_column else None, ("tokens", "words"), "text")
+    tags = column(rows, given.label_column, TAGS, "label")
+    encoded = tokenizer(list(rows[words]), is_split_into_words=True, truncation=True, max_length=given.max_length)
+    samples = []
+    for i, values in enumerate(rows[tags]):
+        places = encoded.word_ids(i)
+        labels = [
+            IGNORED if place is None or place == before else class_of(values[place], model.config)
+            for before, place in zip([None, *places], places, strict=False)
+        ]
+        samples.append({**_row(encoded, i), "labels": labels})
+    return samples
+
+
+def answered(rows: Any, model: Any, tokenizer: Any, given: Any) -> list[Sample]:
+    """Return a sample for each row of a question, a context and answers; one that was cut off is the first token."""
+    names = [column(rows, None, (name,), name) for name in ("question", "context", "answers")]
+    questions, contexts, answers = (list(rows[name]) for name in names)
+    encoded = tokenizer(
+        questions, contexts, truncation="only_second", max_length=given.max_length, return_offsets_mapping=True
+    )
+    offsets = encoded.pop("offset_mapping")
+    samples = []
+    for i, answer in enumerate(answers):
+        first, last = 0, 0
+        if answer["text"]:
+            start = answer["answer_start"][0]
+            end = start + len(answer["text"][0])
+            inside = [
+                token
+                for token, (low, high) in enumerate(offsets[i])
+                if encoded.sequence_ids(i)[token] == 1 and low < end and high > start
+            ]
+            # Cut off in part would be another answer.
+            if inside and offsets[i][inside[-1]][1] >= end:
+                first, last = inside[0], inside[-1]
+        samples.append({**_row(encoded, i), "start_positions": first, "end_positions": last})
+    return samples
+
+
+def continued(rows: Any, model: Any, tokenizer: Any, given: Any) -> list[Sample]:
+    """Return blocks of ``max_length`` tokens of all texts, one after the other; what is left at the end is dropped."""
+    (text,) = text_columns(rows, given.text_column[:1])
+    length = given.max_length or 128
+    ids = list(chain.from_iterable(tokenizer([t for t in rows[text] if t])["input_ids"]))
+    blocks = [ids[i : i + length] for i in range(0, len(ids) - length + 1, length)]
+    if not blocks:
+        raise ConfigError(f"the data has {len(ids)} tokens, fewer than one block of {length}; lower --max-length")
+    return [{"input_ids": block, "attention_mask": [1] * length, "labels": list(block)} for block in blocks]
+
+
+def _row(encoded: Any, index: int) -> Sample:
+    return {name: values[index] for name, values in encoded.items()}

@@ -1,0 +1,247 @@
+"""One scoring, many amounts: what accuracy is left at which size."""
+
+import copy
+import json
+import os
+import platform
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import nn
+
+from hap_hf.config import HapConfig
+from hap_hf.decision import Decision
+from hap_hf.errors import ConfigError
+from hap_hf.evidence.batches import Batch, call, move_to_model
+from hap_hf.evidence.evidence import mean_loss
+from hap_hf.evidence.losses import LossFunction
+from hap_hf.model.state import preserved
+from hap_hf.names.actions import PRUNE, encode_actions
+from hap_hf.names.amount import Amount
+from hap_hf.pipeline import carry_out_, decide, decide_again
+
+SWEEP_FILE = "sweep.json"
+LOSS = "loss"
+_REPEATS = 7
+
+
+@dataclass(frozen=True)
+class TradeoffPoint:
+    """One amount.
+
+    Args:
+        keep: Share of the prunable part that was asked for; 1 for the dense model.
+        params: Parameters of the whole model.
+        macs: Multiply-accumulates per sample.
+        loss: Mean loss on the batches.
+        value: The metric, or the loss where there is none.
+        milliseconds: Time of one batch, the shortest of several; None where it was not measured.
+        predicted: Sum of the sensitivities of the units that went; None for the dense model.
+        actions: What happens to the units of each group, one letter a unit with runs written short.
+    """
+
+    keep: float
+    params: int
+    macs: float
+    loss: float
+    value: float
+    milliseconds: float | None = None
+    predicted: float | None = None
+    actions: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Tradeoff:
+    """What several amounts leave.
+
+    Args:
+        points: The dense model, then each amount.
+        metric: What ``value`` is.
+        higher_is_better: Whether a larger value is a better one.
+        counted_in: What the share is a share of, ``params`` or ``macs``.
+        machine: Where the time was measured.
+    """
+
+    points: tuple[TradeoffPoint, ...]
+    metric: str = LOSS
+    higher_is_better: bool = False
+    counted_in: str = "params"
+    machine: str = ""
+
+    @property
+    def dense(self) -> TradeoffPoint:
+        """The dense model."""
+        return self.points[0]
+
+    def chosen(self, tolerance: float = 0.02) -> TradeoffPoint | None:
+        """Return the smallest model that is nearly as good as the dense one.
+
+        Args:
+            tolerance: How much worse it may be, as a share of the dense model's value.
+
+        Returns:
+            The point, or None where all are worse.
+        """
+        room = tolerance * abs(self.dense.value)
+        sign = 1 if self.higher_is_better else -1
+        good = [p for p in self.points[1:] if sign * (self.dense.value - p.value) <= room]
+        return min(good, key=lambda p: (p.params, p.macs), default=None)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as JSON values."""
+        return {"format": 1, **asdict(self)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Return the sweep that ``to_dict`` described.
+
+        Args:
+            values: Parsed JSON.
+
+        Returns:
+            The sweep.
+
+        Raises:
+            ConfigError: If it is none.
+        """
+        try:
+            given = {name: value for name, value in values.items() if name not in {"format", "points"}}
+            if values["format"] != 1:
+                raise ConfigError(f"expected a sweep of format 1, got {values['format']!r}; upgrade hap_hf")
+            return cls(tuple(TradeoffPoint(**p) for p in values["points"]), **given)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ConfigError(f"expected the values of a sweep, got some without {error}; read {SWEEP_FILE}") from error
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write it as JSON.
+
+        Args:
+            path: The file.
+        """
+        Path(path).write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Self:
+        """Return the sweep that :meth:`save` wrote.
+
+        Args:
+            path: The file.
+
+        Returns:
+            The sweep.
+        """
+        return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
+
+
+def measure_tradeoff(
+    model: nn.Module,
+    batches: Iterable[Any],
+    config: HapConfig,
+    keeps: Sequence[float] = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3),
+    *,
+    evaluate: Callable[[nn.Module], float] | None = None,
+    metric: str = "accuracy",
+    loss_fn: LossFunction | None = None,
+    timed: bool = True,
+) -> Tradeoff:
+    """Measure what several amounts would leave; the model is left as found, and scored once.
+
+    Units are scored on the way to the smallest amount. With a criterion that scores in several passes the larger ones
+    may come out a little different from what :func:`hap_hf.prune` would do for each alone.
+
+    Args:
+        model: A trained model.
+        batches: Batches with labels to score on.
+        config: How to prune; its amount says what the shares are of.
+        keeps: Shares of the prunable part to keep.
+        evaluate: Returns the metric of a model, a larger one is better; by default the loss on the batches is taken.
+        metric: What ``evaluate`` returns.
+        loss_fn: Loss of a model on a batch; by default the model's own.
+        timed: Whether to measure the time of a batch.
+
+    Returns:
+        The dense model and each amount.
+
+    Raises:
+        ConfigError: If a share is out of range, or an amount cannot be reached.
+    """
+    wanted = sorted(set(keeps), reverse=True)
+    if not wanted or not all(0 < keep < 1 for keep in wanted):
+        raise ConfigError(f"expected shares to keep in (0, 1), got {list(keeps)}; 0.5 keeps half")
+    settings = [_asking(config, keep) for keep in wanted]
+    evidence = settings[-1].evidence(model, batches, loss_fn=loss_fn)
+    decision = decide(evidence, settings[-1])
+    loss = decision.loss if decision.loss is not None else mean_loss(evidence)
+    value = evaluate(model) if evaluate else loss
+    first = TradeoffPoint(1.0, decision.before.params, decision.before.macs, loss, value)
+    points, dense_times = [], []
+    for asked in settings:
+        again, pruned = decide_again(decision, asked), copy.deepcopy(model)
+        report = carry_out_(pruned, again)
+        loss = report.loss_after if report.loss_after is not None else mean_loss(replace(evidence, model=pruned))
+        point = TradeoffPoint(
+            asked.asked.keep,
+            report.after.params,
+            report.after.macs,
+            loss,
+            evaluate(pruned) if evaluate else loss,
+            predicted=_predicted(again),
+            actions={g.group.name: encode_actions(g.actions) for g in again.stage},
+        )
+        if timed:
+            dense_time, own = milliseconds((model, pruned), evidence.example)
+            dense_times.append(dense_time)
+            point = replace(point, milliseconds=own)
+        points.append(point)
+    points.insert(0, replace(first, milliseconds=min(dense_times)) if timed else first)
+    counted_in = config.asked.what.name
+    machine = f"{platform.machine()}, {torch.get_num_threads()} threads" if timed else ""
+    if evaluate:
+        return Tradeoff(tuple(points), metric, True, counted_in, machine)
+    return Tradeoff(tuple(points), LOSS, False, counted_in, machine)
+
+
+def _asking(config: HapConfig, keep: float) -> HapConfig:
+    """Return the same settings with another share to keep."""
+    amount = Amount(config.asked.what, keep)
+    return replace(config, prune_ratio=None, target_params=None, target_macs=None, amount=amount)
+
+
+def _predicted(decision: Decision) -> float:
+    """Return what the sensitivities of the units that go add up to."""
+    sensitivity = decision.scores.sensitivity
+    return sum(
+        float(sensitivity[g.group.name][g.units(PRUNE)].sum()) for g in decision.stage if g.group.name in sensitivity
+    )
+
+
+def milliseconds(models: Sequence[nn.Module], batch: Batch) -> list[float]:
+    """Return the shortest time of one batch without gradients of each model, measured in turns.
+
+    Args:
+        models: The models.
+        batch: Keyword arguments of their forward.
+
+    Returns:
+        The time of each in milliseconds.
+    """
+    times: list[list[float]] = [[] for _ in models]
+    with ExitStack() as stack, torch.no_grad():
+        for model in models:
+            stack.enter_context(preserved(model))
+        moved = [move_to_model(model, batch) for model in models]
+        # In turns, so that what else the machine does falls on all of them; the first turn warms up.
+        for _ in range(_REPEATS + 1):
+            for model, own, taken in zip(models, moved, times, strict=True):
+                start = time.perf_counter()
+                call(model, own)
+                device = next(model.parameters()).device
+                if device.type == "cuda":
+                    torch.cuda.synchronize(device)
+                taken.append(1000 * (time.perf_counter() - start))
+    return [min(taken[1:]) for taken in times]
