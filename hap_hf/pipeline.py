@@ -16,9 +16,10 @@ from hap_hf.curvature import Watchable
 from hap_hf.decision import Decision, stamps_of
 from hap_hf.discovery import check_equals_masked
 from hap_hf.errors import ConfigError
-from hap_hf.evidence.evidence import Evidence, mean_loss
+from hap_hf.evidence.evidence import Evidence
 from hap_hf.evidence.guessing import loss_of_trained
 from hap_hf.evidence.losses import LossFunction
+from hap_hf.evidence.mean import mean_loss
 from hap_hf.evidence.memory import in_batches_that_fit
 from hap_hf.evidence.progress import job
 from hap_hf.model.change import TensorChange

@@ -8,7 +8,8 @@ from hap_hf.admission import NOT_IN_STEP
 from hap_hf.checkpoint import check_recordable, record_plan
 from hap_hf.compensation import Compensation
 from hap_hf.config import HapConfig
-from hap_hf.evidence.evidence import Evidence, mean_loss
+from hap_hf.evidence.evidence import Evidence
+from hap_hf.evidence.mean import mean_loss
 from hap_hf.model.bare import check_bare
 from hap_hf.model.rollback import undone_on_error
 from hap_hf.pipeline import around_cut, cut_

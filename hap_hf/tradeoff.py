@@ -18,8 +18,8 @@ from hap_hf.config import HapConfig
 from hap_hf.decision import Decision
 from hap_hf.errors import ConfigError
 from hap_hf.evidence.batches import Batch, call, move_to_model
-from hap_hf.evidence.evidence import mean_loss
 from hap_hf.evidence.losses import LossFunction
+from hap_hf.evidence.mean import mean_loss
 from hap_hf.model.state import preserved
 from hap_hf.names.actions import PRUNE, encode_actions
 from hap_hf.names.amount import Amount

@@ -16,7 +16,8 @@ from hap_hf.compensation.moments import Moments, weighted_moments
 from hap_hf.compensation.readers import Reader, readers_of
 from hap_hf.criteria import Scores
 from hap_hf.curvature import InputListener
-from hap_hf.evidence.evidence import Evidence, mean_loss
+from hap_hf.evidence.evidence import Evidence
+from hap_hf.evidence.mean import mean_loss
 from hap_hf.evidence.memory import in_batches_that_fit
 from hap_hf.evidence.processes import ALONE, Processes
 from hap_hf.evidence.rehearsal import rehearsed

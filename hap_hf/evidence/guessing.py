@@ -7,7 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from hap_hf.evidence.evidence import Evidence, mean_loss
+from hap_hf.evidence.evidence import Evidence
+from hap_hf.evidence.mean import mean_loss
 from hap_hf.evidence.memory import in_batches_that_fit
 
 logger = logging.getLogger(__name__)

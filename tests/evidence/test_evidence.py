@@ -11,7 +11,8 @@ from torch import Tensor
 
 from hap_hf.curvature import rademacher
 from hap_hf.errors import BatchError, UnsupportedModelError
-from hap_hf.evidence.evidence import Evidence, mean_loss
+from hap_hf.evidence.evidence import Evidence
+from hap_hf.evidence.mean import mean_loss
 from hap_hf.evidence.precision import Precision
 from hap_hf.evidence.processes import Processes
 

@@ -7,7 +7,8 @@ import torch
 from documented import bert, text_batches
 
 from hap_hf import ConfigError, HapConfig, measure_size, prune
-from hap_hf.evidence.evidence import Evidence, mean_loss
+from hap_hf.evidence.evidence import Evidence
+from hap_hf.evidence.mean import mean_loss
 from hap_hf.tradeoff import Tradeoff, measure_tradeoff
 
 CONFIG = HapConfig(target_params=0.5, method="taylor", progress=False)
