@@ -155,7 +155,8 @@ class HessianPruner(Shrinks, ExportableState):
         processes.check_same("settings of HessianPruner", settings, "start every process with the same script")
         self._freeze_if_done(**kwargs)
         reached = state.global_step if self.step is not None else int(state.epoch or 0)
-        if self._done < self.num_rounds and reached < self._timing.due(self._done + 1, state.max_steps):
+        # What a later round finds too little for is left out, also where a training is resumed.
+        if not self.began and reached < self._timing.due(self._done + 1, state.max_steps):
             look_ahead(trainer, self.config, kwargs["train_dataloader"], self._batches, self._loss_fn)
         # Rounds between a checkpoint and its next step come here too: those of an epoch's end come after its last save.
         self._round_if_due(reached, args, state, **kwargs)
