@@ -84,6 +84,11 @@ class HapConfig:
         "Fit the weights that read what is left to what they lose. By default as the criterion says: only with "
         "mask_ggn.",
     )
+    reconstruct: bool | None = _setting(
+        None,
+        "After the choice, fit the layers one after the other so that each gives what it gives in the dense model. By "
+        "default where compensate holds.",
+    )
     max_batches: int | None = _setting(8, "Use at most this many batches; None for all.")
     precision: Precision = _setting(Precision.FP32, "Arithmetic while scoring: fp32 (the model's own), bf16, fp16.")
     seed: int = _setting(0, "Seed of probes and random scores.")
@@ -137,7 +142,7 @@ class HapConfig:
         at_least("seed", self.seed, 0)
         if self.seed >= 2**63:
             raise ConfigError(f"seed must be below 2**63, the largest that torch.Generator takes, got {self.seed!r}")
-        for name in ("per_cost", "compensate"):
+        for name in ("per_cost", "compensate", "reconstruct"):
             boolean(name, getattr(self, name), none=True)
         for name in ("recalibrate", "progress", "equal_widths"):
             boolean(name, getattr(self, name))
@@ -206,6 +211,11 @@ class HapConfig:
     def compensates(self) -> bool:
         """Whether the weights that read what is left make up for what they lose."""
         return self.criterion.compensates if self.compensate is None else self.compensate
+
+    @property
+    def reconstructs(self) -> bool:
+        """Whether layers are fitted to what they give in the dense model, once it is known which units go."""
+        return self.compensates if self.reconstruct is None else self.reconstruct
 
     def selects(self, group: Group) -> bool:
         """Return whether units of ``group`` may go: it is of a wanted kind, and no pattern excludes it."""

@@ -51,6 +51,7 @@ class Decision:
         compensation: What is known of the layers' inputs, for other amounts; None where nothing compensates.
         seconds: Wall-clock time of each step.
         loss: Mean loss of the model on the batches; None where the criterion looks at no batch.
+        reconstructed: Whether ``values`` were fitted to the statistics of batch norms as they are.
     """
 
     evidence: Evidence
@@ -68,6 +69,7 @@ class Decision:
     compensation: Compensation | None = None
     seconds: Mapping[str, float] = field(default_factory=dict)
     loss: float | None = None
+    reconstructed: bool = False
 
     @property
     def plan(self) -> PruningPlan:
@@ -168,6 +170,7 @@ class Decision:
             "groups": [g.name for g in self.discovery.groups],
             "seconds": dict(self.seconds),
             "loss": self.loss,
+            "reconstructed": self.reconstructed,
         }
         tensors = {
             f"{part}/{name}": tensor.contiguous()
@@ -226,11 +229,12 @@ class Decision:
             entry["scored"],
             seconds=entry["seconds"],
             loss=entry.get("loss"),
+            reconstructed=entry.get("reconstructed", False),  # not written before 0.3
         )
 
     def without_values(self) -> "Decision":
         """Return the same decision for a model whose weights have changed or will change until it is carried out."""
-        return replace(self, values={}, stamps={})
+        return replace(self, values={}, stamps={}, reconstructed=False)
 
 
 def _changed(model: nn.Module, stamps: Mapping[str, float]) -> list[str]:

@@ -1,7 +1,7 @@
 """The two halves of pruning: decide looks and changes nothing, carry_out_ cuts. prune is the two in a row."""
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -10,11 +10,10 @@ from torch.optim import Optimizer
 
 from hap_hf.admission import NOT_ALIKE, admitted
 from hap_hf.checkpoint import check_recordable, record_plan
-from hap_hf.compensation import Compensation
 from hap_hf.config import HapConfig
 from hap_hf.curvature import Watchable
+from hap_hf.cut import around_cut, cut_
 from hap_hf.decision import Decision, stamps_of
-from hap_hf.discovery import check_equals_masked
 from hap_hf.errors import ConfigError
 from hap_hf.evidence.evidence import Evidence
 from hap_hf.evidence.guessing import loss_of_trained
@@ -22,24 +21,14 @@ from hap_hf.evidence.losses import LossFunction
 from hap_hf.evidence.mean import mean_loss
 from hap_hf.evidence.memory import in_batches_that_fit
 from hap_hf.evidence.progress import job
-from hap_hf.model.change import TensorChange
 from hap_hf.model.rollback import undone_on_error
-from hap_hf.model.stale import note_replaced
-from hap_hf.model.values import replace_values_
 from hap_hf.names.outcome import whole
-from hap_hf.names.plan import GroupPlan, PruningPlan
-from hap_hf.report import Clock, ModelSize, PruningReport, measure_size
+from hap_hf.reconstruction import Repair
+from hap_hf.report import Clock, PruningReport, measure_size
 from hap_hf.report.last import note_report
 from hap_hf.selection import Round, at_the_door, config_of_round, measure_and_score, score_in_passes, select_groups
 from hap_hf.selection.make import check_takes_implants, choose
 from hap_hf.selection.passes import num_parts
-from hap_hf.surgery import (
-    ImplantInit,
-    apply_plan_,
-    carry_optimizer_state_,
-    collect_input_moments,
-)
-from hap_hf.surgery.recalibration import recalibrate_or_keep_
 
 logger = logging.getLogger(__name__)
 
@@ -221,42 +210,14 @@ def _carried_out(model: nn.Module, decision: Decision, optimizer: Optimizer | No
     evidence = given if model is given.model else replace(given, model=model)
     decision.check_fits(model)
     check_recordable(model, decision.plan)
-    after = cut_(evidence, decision.config, decision.plan, decision.values, decision.moments, optimizer, clock)
+    repair = Repair(decision.values, decision.reconstructed)
+    after = cut_(evidence, decision.config, decision.plan, repair, decision.moments, optimizer, clock)
     loss = None if decision.loss is None else in_batches_that_fit(mean_loss, evidence)
     clock.lap("loss after")
     report = decision.report(after, clock.seconds, loss)
     record_plan(model, decision.plan)  # comes last: with nothing behind it that could fail, it need not be undone
     note_report(model, report)
     return report
-
-
-def cut_(
-    evidence: Evidence,
-    config: HapConfig,
-    plan: PruningPlan,
-    values: Mapping[str, Any],
-    moments: Mapping[str, Any],
-    optimizer: Optimizer | None,
-    clock: Clock,
-) -> ModelSize:
-    """Cut the model and return its size; its plan is not recorded, and whoever calls this undoes it if it fails."""
-    model, processes = evidence.model, evidence.processes
-    # Before surgery: these values have the shapes of the dense model and are cut with everything else.
-    changes: tuple[TensorChange, ...] = replace_values_(model, values)
-    note_replaced(changes)
-    check_equals_masked(model, plan, evidence.example, evidence.others())
-    changes += apply_plan_(model, plan, init=config.implant_init, input_moments=moments)
-    # The same decomposition may differ in its last bits from one machine to the next.
-    processes.adopt_first_("implants", [c.new for c in changes if c.old is None])
-    if optimizer is not None:
-        carry_optimizer_state_(optimizer, changes)
-    clock.lap("surgery")
-    if config.recalibrate:
-        recalibrate_or_keep_(model, evidence)
-        clock.lap("recalibration")
-    size = measure_size(model, evidence.example)
-    processes.check_same_tensors("weights after pruning", dict(model.named_parameters()), NOT_ALIKE)
-    return size
 
 
 def _with_choice(draft: Decision, config: HapConfig, clock: Clock) -> Decision:
@@ -269,31 +230,14 @@ def _with_choice(draft: Decision, config: HapConfig, clock: Clock) -> Decision:
     plain = {"threshold": choice.threshold, "round": draft.place, "actions": actions}
     evidence.processes.check_same("plan", plain, NOT_ALIKE)
     clock.lap("selection")
-    moments, values = around_cut(evidence, config, choice.stage, draft.compensation, clock)
+    moments, repair = around_cut(evidence, config, choice.stage, draft.compensation, clock)
     return replace(
         draft,
         stage=choice.stage,
         threshold=choice.threshold,
-        values=values,
+        values=repair.values,
         moments=moments,
-        stamps=stamps_of(evidence.model, values),
+        stamps=stamps_of(evidence.model, repair.values),
+        reconstructed=repair.reconstructed,
         seconds={**draft.seconds, **clock.seconds},
     )
-
-
-def around_cut(
-    evidence: Evidence, config: HapConfig, stage: Sequence[GroupPlan], compensation: Compensation | None, clock: Clock
-) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
-    """Return what implants are fitted with, if they are not silent, and the weights that make up for what goes."""
-    implanted = {t for g in stage if g.implanted for t in g.ranks}
-    wanted = implanted if config.implant_init is ImplantInit.SVD else set()
-    model, processes = evidence.model, evidence.processes
-    moments: Mapping[str, Any] = {}
-    if wanted:
-        moments = collect_input_moments(model, wanted, list(evidence.inputs()), processes=processes)
-    clock.lap("calibration")
-    values: Mapping[str, Any] = {}
-    if config.compensates and compensation is not None:
-        values = compensation.best_values(stage, evidence)
-        clock.lap("compensation")
-    return moments, values

@@ -8,11 +8,11 @@ from hap_hf.admission import NOT_IN_STEP
 from hap_hf.checkpoint import check_recordable, record_plan
 from hap_hf.compensation import Compensation
 from hap_hf.config import HapConfig
+from hap_hf.cut import around_cut, cut_
 from hap_hf.evidence.evidence import Evidence
 from hap_hf.evidence.mean import mean_loss
 from hap_hf.model.bare import check_bare
 from hap_hf.model.rollback import undone_on_error
-from hap_hf.pipeline import around_cut, cut_
 from hap_hf.report import Clock, PruningReport
 from hap_hf.report.last import note_report
 from hap_hf.selection import at_the_door
@@ -48,8 +48,8 @@ def prune_as_planned(
             num_output_probes = getattr(config.criterion, "num_output_probes", 1)
             compensation = Compensation.measure(evidence, chosen, num_output_probes=num_output_probes)
             clock.lap("measuring")
-        moments, values = around_cut(evidence, config, stage, compensation, clock)
-        after = cut_(evidence, config, planned.plan, values, moments, optimizer, clock)
+        moments, repair = around_cut(evidence, config, stage, compensation, clock)
+        after = cut_(evidence, config, planned.plan, repair, moments, optimizer, clock)
         loss = mean_loss(evidence)
         record_plan(model, planned.plan)
         report = replace(planned, after=after, seconds=clock.seconds, loss_before=before, loss_after=loss)

@@ -4,7 +4,7 @@ from hap_hf.surgery.apply import apply_plan_, check_plan, undo_
 from hap_hf.surgery.calibration import ImplantInit, collect_input_moments
 from hap_hf.surgery.freezing import checked_patterns, train_only_implants_
 from hap_hf.surgery.optimizer import carry_optimizer_state_
-from hap_hf.surgery.recalibration import recalibrate_batch_norms_
+from hap_hf.surgery.recalibration import recalibrate_batch_norms_, renew_statistics_
 
 __all__ = [
     "ImplantInit",
@@ -14,6 +14,7 @@ __all__ = [
     "checked_patterns",
     "collect_input_moments",
     "recalibrate_batch_norms_",
+    "renew_statistics_",
     "train_only_implants_",
     "undo_",
 ]

@@ -9,11 +9,13 @@ from torch import Tensor, nn
 
 from hap_hf.errors import BatchError
 from hap_hf.evidence.batches import as_batch, call, move_to_model
-from hap_hf.evidence.evidence import Evidence
 from hap_hf.evidence.processes import ALONE, Processes
 from hap_hf.host import BatchNorm
 from hap_hf.layers.projection import on_input
+from hap_hf.model.change import TensorChange
+from hap_hf.model.stale import note_replaced
 from hap_hf.model.state import preserved
+from hap_hf.model.values import replace_values_
 
 logger = logging.getLogger(__name__)
 
@@ -54,14 +56,72 @@ def recalibrate_batch_norms_(model: nn.Module, batches: Iterable[Any], *, proces
         BatchError: If there are no batches, a batch has only one value for each channel of some batch norm, or
             statistics come out that are not finite.
     """
+    reached = _measured(model, batches, processes, normalise=True)
+    for norm in reached:
+        norm.write(*norm.averages())
+    return len(reached)
+
+
+def renew_statistics_(
+    model: nn.Module, batches: Iterable[Any], *, processes: Processes = ALONE
+) -> tuple[TensorChange, ...]:
+    """Estimate the statistics of batch norms anew, and let each compute what it computed before.
+
+    Where the layers before a batch norm were fitted to it as it is, new statistics alone would undo the fit. Old ones
+    would: as soon as the model is trained, batch norms normalise by what is there now. So the weight is scaled by the
+    ratio of the deviations and the bias takes up the difference of the means.
+
+    Args:
+        model: The model.
+        batches: Inputs for the model; labels are not needed.
+        processes: The processes whose batches count; ``batches`` are the share of this one.
+
+    Returns:
+        The weights and biases that were replaced. Batch norms without them are left as they are.
+
+    Raises:
+        BatchError: As for :func:`recalibrate_batch_norms_`; the model is then as it was.
+    """
+    values: dict[str, Tensor] = {}
+    reached = [n for n in _measured(model, batches, processes, normalise=False) if n.module.affine]
+    for norm in reached:
+        mean, var = norm.averages()
+        old_mean, old_var = norm.running_mean.double(), norm.running_var.double()
+        weight, bias = (getattr(norm.module, name).detach() for name in ("weight", "bias"))
+        slope = weight.double() / (old_var + norm.module.eps).sqrt()  # of the output, as a function of the input
+        values[f"{norm.name}.weight"] = (slope * (var.double() + norm.module.eps).sqrt()).to(weight.dtype)
+        values[f"{norm.name}.bias"] = (bias.double() + slope * (mean.double() - old_mean)).to(bias.dtype)
+        norm.write(mean, var)
+    changes = replace_values_(model, values)
+    note_replaced(changes)
+    return changes
+
+
+def _measured(
+    model: nn.Module, batches: Iterable[Any], processes: Processes, *, normalise: bool
+) -> "list[_Statistics]":
+    """Return the statistics of all batch norms that the batches reach.
+
+    Args:
+        model: The model, which is left as found.
+        batches: Inputs.
+        processes: The processes whose batches count.
+        normalise: Whether each batch norm normalises by the batch's statistics meanwhile, as in training.
+
+    Returns:
+        What was measured, all of it finite.
+
+    Raises:
+        BatchError: As for :func:`recalibrate_batch_norms_`.
+    """
     norms = [
-        _Statistics(name, module, module.running_mean, module.running_var)
+        _Statistics(name, module, module.running_mean, module.running_var, normalise)
         for name, module in model.named_modules()
         if isinstance(module, BatchNorm) and module.track_running_stats
         if module.running_mean is not None and module.running_var is not None
     ]
     if not norms:
-        return 0
+        return []
     num_batches = 0
     # The hook runs before the norm itself: what it writes into the buffers is what this very call normalises by.
     handles = [on_input(norm.module, norm.add) for norm in norms]
@@ -86,10 +146,9 @@ def recalibrate_batch_norms_(model: nn.Module, batches: Iterable[Any], *, proces
             "pass a list of batches, or a loader that has not run out"
         )
     reached = [norm for norm in norms if norm.sums["values"]]
-    averages = [norm.averages() for norm in reached]  # raises before anything is written
-    for norm, (mean, var) in zip(reached, averages, strict=True):
-        norm.write(mean, var)
-    return len(reached)
+    for norm in reached:
+        norm.averages()  # raises before anything is written
+    return reached
 
 
 class _Statistics:
@@ -100,13 +159,17 @@ class _Statistics:
         module: The batch norm.
         running_mean: Its buffer, ``[num_features]``.
         running_var: Its buffer, ``[num_features]``.
+        normalise: Whether a call normalises by its own input.
     """
 
-    def __init__(self, name: str, module: BatchNorm, running_mean: Tensor, running_var: Tensor) -> None:
+    def __init__(
+        self, name: str, module: BatchNorm, running_mean: Tensor, running_var: Tensor, normalise: bool
+    ) -> None:
         self.name = name
         self.module = module
         self.running_mean = running_mean
         self.running_var = running_var
+        self._normalise = normalise
         self.sums = {
             "values": torch.zeros((), dtype=torch.long, device="cpu"),
             "mean": torch.zeros_like(running_mean, dtype=torch.float64),
@@ -114,7 +177,7 @@ class _Statistics:
         }
 
     def add(self, x: Tensor) -> None:
-        """Count in the input of one call, and let that call normalise by it.
+        """Count in the input of one call.
 
         Args:
             x: Input of the batch norm, ``[N, num_features, ...]``.
@@ -131,7 +194,8 @@ class _Statistics:
             )
         x = x if x.dtype == torch.float64 else x.float()
         var, mean = torch.var_mean(x, [d for d in range(x.dim()) if d != 1], correction=0)
-        self.write(mean, var)
+        if self._normalise:
+            self.write(mean, var)
         # Normalising takes the biased variance, as in training; running variances are unbiased ones.
         mean, var = mean.to(self.sums["mean"]), var.to(self.sums["var"])
         self.sums["values"] += num_values
@@ -167,22 +231,3 @@ class _Statistics:
         """
         self.running_mean.copy_(mean)
         self.running_var.copy_(var)
-
-
-def recalibrate_or_keep_(model: nn.Module, evidence: Evidence) -> None:
-    """Estimate the statistics of batch norms anew, or keep the old ones where the batches do not allow it.
-
-    Args:
-        model: The model.
-        evidence: The batches, and the processes that share them.
-    """
-    if not any(isinstance(module, BatchNorm) for module in model.modules()):
-        return
-    # All of them first: finding out what a loss calls the model with runs it, and would be counted in.
-    batches, processes = list(evidence.inputs()), evidence.processes
-    try:
-        with processes.agreeing("recalibration"):
-            recalibrate_batch_norms_(model, batches, processes=processes)
-    except BatchError as error:
-        # The model is right without; statistics of an unfit batch would be worse than the old ones.
-        logger.warning("batch norms keep the statistics from before pruning: %s", error)

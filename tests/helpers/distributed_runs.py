@@ -26,6 +26,7 @@ from torch.utils.data import IterableDataset
 from trainings import criterion
 from transformers import Trainer, TrainingArguments
 
+import hap_hf.cut
 import hap_hf.decision
 import hap_hf.pipeline
 from hap_hf import (
@@ -405,7 +406,7 @@ def other_weights(rank, world):
         model.bert.embeddings.LayerNorm.bias = nn.Parameter(model.bert.embeddings.LayerNorm.bias + 1e-12 * rank)
         return changes
 
-    return replaced(hap_hf.pipeline, "apply_plan_", applied, world)
+    return replaced(hap_hf.cut, "apply_plan_", applied, world)
 
 
 def late_failure(rank, world):

@@ -9,7 +9,7 @@ import torch
 from trainings import config, make_trainer, tiny_model
 from transformers import Trainer, TrainerCallback
 
-import hap_hf.pipeline
+import hap_hf.cut
 from hap_hf import HessianPruner
 
 LAST_CHECKPOINTS = {
@@ -70,7 +70,7 @@ def train(folder, when):
     elif when == "after the last round":
         callbacks.append(DieAfterStep(9))
     elif when == "during surgery":
-        hap_hf.pipeline.carry_optimizer_state_ = die_on_call(1, None)
+        hap_hf.cut.carry_optimizer_state_ = die_on_call(1, None)
     elif when == "while writing the report":  # of the second round; the first one writes four files
         Path.replace = die_on_call(5, Path.replace, lambda file, _: file.name.startswith("pruning_report"))
     elif when == "while saving":

@@ -23,6 +23,7 @@ from scored_models import snapshot
 from torch import nn
 from trainings import tiny_bert
 
+import hap_hf.cut
 import hap_hf.pipeline
 from hap_hf import (
     ConfigError,
@@ -248,7 +249,7 @@ def test_what_fails_while_a_decision_is_carried_out_is_undone(stage, monkeypatch
         raise OSError("failed")
 
     with monkeypatch.context() as patch:
-        patch.setattr(hap_hf.pipeline, stage, failed)
+        patch.setattr(hap_hf.cut if hasattr(hap_hf.cut, stage) else hap_hf.pipeline, stage, failed)
         with pytest.raises(OSError, match="failed"):
             carry_out_(model, decision, optimizer=optimizer)
     assert snapshot(model) == before

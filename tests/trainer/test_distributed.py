@@ -67,10 +67,10 @@ def assert_bitwise(a, b):
         assert torch.equal(x, b[name]), name
 
 
-def assert_close(a, b):
+def assert_close(a, b, rtol=1e-11, atol=1e-12):
     assert list(a) == list(b)
     for name, x in a.items():
-        torch.testing.assert_close(x, b[name], rtol=1e-11, atol=1e-12, msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(x, b[name], rtol=rtol, atol=atol, msg=lambda m, name=name: f"{name}: {m}")
 
 
 def without_threshold(stage):
@@ -88,7 +88,8 @@ def test_a_training_in_two_processes_ends_like_one_in_one_process(two_processes,
     shared, own = ({**f["plan"], "stages": [without_threshold(s) for s in f["plan"]["stages"]]} for f in (first, alone))
     assert shared == own
     assert first["threshold"] == pytest.approx(alone["threshold"], rel=1e-11)
-    assert_close(first["weights"], alone["weights"])
+    # Layers are fitted one on the output of the other, each by a system with a condition number of up to 1e5.
+    assert_close(first["weights"], alone["weights"], rtol=1e-6, atol=1e-8)
 
 
 def test_trainings_in_two_processes_train_what_surgery_made(two_processes):
@@ -147,7 +148,7 @@ def test_batch_norms_stay_as_they_are_where_one_process_cannot_recalibrate(two_p
 def test_a_model_pruned_between_two_trainings_is_trained_in_step(two_processes):
     first, second = two_processes("trained_twice")
     assert_bitwise(first["weights"], second["weights"])
-    assert_close(first["weights"], ALIKE["trained_twice"](rank=0, world=1)["weights"])
+    assert_close(first["weights"], ALIKE["trained_twice"](rank=0, world=1)["weights"], rtol=1e-6, atol=1e-8)
 
 
 def test_a_training_resumed_in_two_processes_ends_with_the_same_weights(two_processes):

@@ -9,6 +9,7 @@ import transformers as hf
 from torch import nn
 from trainings import Net, assert_same, config, make_trainer, samples, tiny_model
 
+import hap_hf.cut
 import hap_hf.pipeline
 from hap_hf import (
     HapError,
@@ -151,7 +152,8 @@ def test_after_pruning_failed_and_was_rolled_back_every_optimizer_goes_on(stage,
         backward(m)
         o.step()
 
-    original = getattr(hap_hf.pipeline, stage)
+    module = hap_hf.cut if hasattr(hap_hf.cut, stage) else hap_hf.pipeline
+    original = getattr(module, stage)
     calls = []
 
     def failing(*args, **kwargs):
@@ -161,7 +163,7 @@ def test_after_pruning_failed_and_was_rolled_back_every_optimizer_goes_on(stage,
 
     with monkeypatch.context() as patch:
         # what is called last must not have come to its end
-        patch.setattr(hap_hf.pipeline, stage, fails if stage == "record_plan" else failing)
+        patch.setattr(module, stage, fails if stage == "record_plan" else failing)
         with pytest.raises(OSError, match="failed"):
             prune(model, batches(), config(implant_ratio=0.5), optimizer=optimizer if passed else None)
     for m, o in ((model, optimizer), (twin, other)):

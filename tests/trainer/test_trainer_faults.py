@@ -14,6 +14,7 @@ import transformers as hf
 from trainings import assert_same, config, make_trainer, samples, tiny_model
 from transformers import Trainer
 
+import hap_hf.cut
 import hap_hf.decision
 import hap_hf.pipeline
 from hap_hf import Compensation, ConfigError, CurvatureError, HessianPruner, plan_of, prune
@@ -86,7 +87,8 @@ STAGES = [
 @pytest.mark.usefixtures("_no_look_at_the_beginning")
 def test_ctrl_c_after_any_stage_leaves_everything_as_it_was(tmp_path, stage):
     trainer, remember = interrupted_training(tmp_path)
-    module = {"make_report": hap_hf.decision, "discover": hap_hf.admission}.get(stage, hap_hf.pipeline)
+    modules = hap_hf.decision, hap_hf.admission, hap_hf.cut, hap_hf.pipeline
+    module = next(m for m in modules if hasattr(m, stage))
     interrupted = raising_after(getattr(module, stage), KeyboardInterrupt())
     if stage == "record_plan":  # nothing comes after it, so it is interrupted before
         interrupted = raising_after(lambda *args: None, KeyboardInterrupt())
@@ -95,7 +97,7 @@ def test_ctrl_c_after_any_stage_leaves_everything_as_it_was(tmp_path, stage):
     assert_usable(trainer, remember.before[3])
 
 
-@pytest.mark.parametrize("step", ["while_scoring", "best_values"])
+@pytest.mark.parametrize("step", ["while_scoring", "values"])
 def test_ctrl_c_after_compensation_leaves_everything_as_it_was(tmp_path, step):
     trainer, remember = interrupted_training(tmp_path)
     interrupted = raising_after(getattr(Compensation, step), KeyboardInterrupt())

@@ -10,7 +10,7 @@ from trainings import Net, assert_same, config, exact_model, make_trainer, tiny_
 from transformers.trainer_pt_utils import LayerWiseDummyOptimizer
 from transformers.training_args import OptimizerNames
 
-import hap_hf.pipeline
+import hap_hf.cut
 from hap_hf import HessianPruner, UnsupportedModelError, plan_of
 from hap_hf.trainer.best_model import forget_best_
 from hap_hf.trainer.optimizers import check_optimizer
@@ -57,13 +57,13 @@ def test_the_rest_of_the_training_equals_that_of_the_masked_model(tmp_path, name
 
 
 def test_with_fresh_moments_it_would_not(tmp_path, monkeypatch):
-    carry = hap_hf.pipeline.carry_optimizer_state_
+    carry = hap_hf.cut.carry_optimizer_state_
 
     def forget(optimizer, changes):
         carry(optimizer, changes)
         optimizer.state.clear()
 
-    monkeypatch.setattr(hap_hf.pipeline, "carry_optimizer_state_", forget)
+    monkeypatch.setattr(hap_hf.cut, "carry_optimizer_state_", forget)
     _, found, expected = trained_pruned_and_masked(tmp_path, optim="adamw_torch")
     assert (found - expected).abs().max() > 1e-3
 

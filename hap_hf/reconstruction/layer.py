@@ -1,0 +1,218 @@
+"""One layer, fitted so that the residual stream behind it is that of the dense model again."""
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from hap_hf.curvature import accumulation_dtype
+from hap_hf.layers.projection import channel_dim, known, output_dim, spatial_dims
+from hap_hf.reconstruction.ridge import Moments, fit_held_out
+from hap_hf.reconstruction.stream import Way
+
+_HELD_OUT = 4
+"""Of so many samples one is held out, to choose the strength of the regularisation by."""
+
+_MOST_POSITIONS = 64
+"""Of an image at most so many positions are looked at."""
+
+_LEAST_FACTOR = 1e-3
+"""Outputs that reach the stream with less than this share of the largest factor are left as they are."""
+
+
+@dataclass(frozen=True)
+class Stop:
+    """What a layer computed in one forward pass, and where its output ended up.
+
+    Args:
+        path: Name of the layer.
+        x: Its input, without the units that go.
+        y: Its output.
+        way: What became of the output: the value of the stream, and how much of the output is in it.
+    """
+
+    path: str
+    x: Tensor
+    y: Tensor
+    way: Way
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What came of a layer.
+
+    Args:
+        values: New values by the full name of the parameter. Columns that read inputs that go are as they were.
+        shift: What is added to the stream because a batch norm took up the constant, ``[outputs, 1, ...]``.
+        ridge: Strength of the regularisation; infinite where the layer stays as it is.
+        left: Share of what the stream lacked that is left, on samples held out.
+    """
+
+    values: dict[str, Tensor]
+    shift: Tensor | None
+    ridge: float
+    left: float
+
+
+class LayerFit:
+    """The regression of one layer: what the stream lacks, from the inputs that the layer has left.
+
+    With the stream ``S = f y + rest`` behind the layer's output ``y = W x + b``, it minimises over changes ``D, c``
+
+        ``sum_t w_t || (S_dense - S_pruned)_t - f (D x_t + c) ||^2 + ridge``
+
+    so that the layer makes up for its own lost inputs and for what the stream before it lacks already. The inputs are
+    those that the layer has in the pruned model.
+
+    Args:
+        model: The model.
+        path: Name of the layer.
+        removed: Inputs of it that go.
+        idle: Outputs of it that go.
+        values: New values of parameters so far, by name.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        path: str,
+        removed: list[int],
+        idle: Iterable[int] = (),
+        values: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        self.path = path
+        self._model = model
+        self._module = model.get_submodule(path)
+        self._values = {} if values is None else values
+        self._names = {id(p): name for name, p in model.named_parameters()}
+        weight = self._module.get_parameter("weight")
+        self._out = output_dim(self._module)
+        self._takes_constant = isinstance(self._module.bias, nn.Parameter)
+        staying = torch.ones(weight.shape[1 - self._out], dtype=torch.bool)
+        staying[removed] = False
+        self._kept = staying.nonzero().flatten().to(weight.device)
+        self._used = torch.ones(weight.shape[self._out], dtype=torch.float64, device=weight.device)
+        self._used[torch.tensor([*idle], dtype=torch.long, device=weight.device)] = 0
+        self.sums: dict[str, Tensor] = {}
+        self._factor: Tensor = torch.ones(())
+        self._shift: tuple[str, Tensor] | None = None
+
+    @property
+    def _constant(self) -> bool:
+        return self._takes_constant or self._shift is not None
+
+    def add(self, dense: Stop, pruned: Stop, index: int, num_samples: int, weights: Tensor | None) -> None:
+        """Count in a batch.
+
+        Args:
+            dense: The layer in the dense model.
+            pruned: The same in the pruned one.
+            index: Number of the batch among those of all processes.
+            num_samples: Number of its samples.
+            weights: Of its positions, in the shape of the input with one channel; all the same by default.
+        """
+        way = pruned.way
+        dtype = accumulation_dtype(way.tip.dtype)
+        factor = way.factor.to(dtype)
+        self._factor = factor.flatten()
+        if not self._takes_constant and len(way.shifts) == 1:
+            name = self._names.get(id(way.shifts[0][0]))
+            self._shift = None if name is None else (name, way.shifts[0][1])
+        least = factor.abs().amax() * _LEAST_FACTOR
+        inverse = torch.where(factor.abs() > least, 1 / factor, torch.zeros_like(factor))
+        dim = channel_dim(self._module)
+        lacking = (dense.way.tip.to(dtype) - way.tip.to(dtype)) * inverse
+        x = pruned.x.to(dtype).index_select(dim, self._kept)
+        for part, chosen in self._halves(len(x), max(len(x) // num_samples, 1), index):
+            if spatial_dims(self._module):
+                a, r = self._patches(x[chosen], lacking[chosen], index)
+            else:
+                a, r = x[chosen].flatten(0, -2), lacking[chosen].flatten(0, -2)
+            columns = [torch.ones_like(a[:, :1])] * self._constant + [a]
+            w = None if weights is None else weights[chosen].flatten()
+            for name, value in vars(Moments.of(torch.cat(columns, 1), r, w)).items():
+                key = f"{part} {name}"
+                self.sums[key] = self.sums[key] + value if key in self.sums else value
+
+    def _halves(self, size: int, rows: int, index: int) -> list[tuple[str, Tensor]]:
+        """Return the rows of the samples to fit and of those held out."""
+        # By samples, not by positions, which resemble each other within a sample.
+        out = (torch.arange(size, device=self._kept.device) // rows + index) % _HELD_OUT == _HELD_OUT - 1
+        return [("train", (~out).nonzero().flatten()), ("test", out.nonzero().flatten())]
+
+    def _patches(self, x: Tensor, lacking: Tensor, index: int) -> tuple[Tensor, Tensor]:
+        """Return patches of images and what their outputs lack, at some positions of each image.
+
+        Args:
+            x: Images, ``[images, inputs, *size]``.
+            lacking: What is to be predicted, ``[images, outputs, *output size]``.
+            index: Number of the batch: each has positions of its own.
+
+        Returns:
+            ``[positions, inputs * taps]`` and ``[positions, outputs]``.
+
+        Raises:
+            TypeError: If the kind of the layer does not know its patches.
+        """
+        rows = known(self._module).rows(self._module, x, lacking.shape[2:])  # [images, inputs * taps, positions]
+        if rows is None:
+            raise TypeError(f"{self.path} says that it knows its rows, and returns none")
+        lacking = lacking.flatten(2)
+        # Neighbouring positions say nearly the same, and each of them costs the square of the size of a patch.
+        if rows.shape[-1] > _MOST_POSITIONS:
+            order = torch.randperm(rows.shape[-1], generator=torch.Generator().manual_seed(index), device="cpu")
+            some = order[:_MOST_POSITIONS].sort().values.to(rows.device)
+            rows, lacking = rows.index_select(-1, some), lacking.index_select(-1, some)
+        return rows.movedim(1, -1).flatten(0, -2), lacking.movedim(1, -1).flatten(0, -2)
+
+    def solve(self, start: float) -> Fitted:
+        """Fit the layer.
+
+        Args:
+            start: Strength of regularisation to begin with.
+
+        Returns:
+            What came of it.
+        """
+        parts = ("inputs", "across", "square")
+        train, test = (Moments(*(self.sums[f"{half} {part}"] for part in parts)) for half in ("train", "test"))
+        scale = (self._factor.double().square() * self._used).expand(len(self._used))
+        fit = fit_held_out(train, test, free=int(self._constant), scale=scale, start=start)
+        if math.isinf(fit.ridge):
+            return Fitted({}, None, fit.ridge, 1.0)
+        constant = fit.solution[0] if self._constant else None
+        change = fit.solution[1:] if self._constant else fit.solution
+        values, shift = self._with_constant(constant)
+        added = change.T.reshape(change.shape[1], len(self._kept), -1)  # [outputs, inputs, taps]
+        values[f"{self.path}.weight"] = self._plus(added)
+        return Fitted(values, shift, fit.ridge, fit.left)
+
+    def _plus(self, added: Tensor) -> Tensor:
+        """Return the weight with something added for the inputs that stay, ``[outputs, inputs, taps]``."""
+        weight = self._module.get_parameter("weight").detach()
+        added = added.reshape(*added.shape[:2], *weight.shape[2:])
+        added = added.transpose(0, 1) if self._out == 1 else added
+        return weight.double().index_add(1 - self._out, self._kept, added).to(weight.dtype)
+
+    def _with_constant(self, constant: Tensor | None) -> tuple[dict[str, Tensor], Tensor | None]:
+        """Return the bias that takes up a constant of the output, and what the stream gains where it is another's."""
+        if constant is None:
+            return {}, None
+        if self._takes_constant:
+            bias = f"{self.path}.bias"
+            return {bias: self._raised(bias, constant)}, None
+        if self._shift is None:
+            raise TypeError(f"nothing behind {self.path} takes a constant")
+        name, factor = self._shift
+        gained = (self._factor * constant).to(self._factor.dtype)
+        return {name: self._raised(name, factor * constant)}, gained.view(-1, *[1] * spatial_dims(self._module))
+
+    def _raised(self, name: str, constant: Tensor) -> Tensor:
+        bias = self._now(name)
+        return (bias + constant).to(bias.dtype)
+
+    def _now(self, name: str) -> Tensor:
+        """Return the value that a parameter has by now."""
+        return self._values[name] if name in self._values else self._model.get_parameter(name).detach()
