@@ -67,6 +67,7 @@ from hap_hf.errors import (
 from hap_hf.evidence.evidence import Evidence
 from hap_hf.evidence.precision import Precision
 from hap_hf.export import export
+from hap_hf.floor import FloorReport, prune_to_floor
 from hap_hf.layers.implant_conv import ImplantConv2d
 from hap_hf.layers.implant_linear import ImplantLinear
 from hap_hf.layers.kind import LayerKind, register_layer
@@ -96,11 +97,13 @@ __all__ = [  # noqa: RUF022 (by stage, not by letter)
     "HapConfig",
     "HessianPruner",
     "prune",
+    "prune_to_floor",
     # what helps a training to recover
     "Distill",
     "GrowingReg",
     # its two halves
     "Evidence",
+    "FloorReport",
     "decide",
     "decide_again",
     "Decision",

@@ -231,11 +231,6 @@ class Evidence:
         """
         return self.processes.summed("scores", sums)
 
-    def of_example(self) -> Callable[[], Tensor]:
-        """Return the function that computes the mean loss of :attr:`example`, which is the same in all processes."""
-        ((loss, _),) = replace(self, batches=[self.example]).losses()
-        return loss
-
     def losses(self) -> Iterator[tuple[Callable[[], Tensor], int]]:
         """Yield for each batch a function that computes its mean loss, and the number of loss terms.
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from hap_hf.evidence.batches import Batch
+from hap_hf.evidence.batches import call, move_to_model
 from hap_hf.evidence.evidence import Evidence
 from hap_hf.host import own_parameters
 from hap_hf.layers.projection import channel_dim, is_projection, known, on_input, output_dim
@@ -80,7 +80,7 @@ def stations(evidence: Evidence, paths: Sequence[str]) -> dict[str, int]:
     handles = [model.get_submodule(path).register_forward_hook(partial(began, path)) for path in paths]
     try:
         with evidence.ready({}, "reconstruction", "batch"), torch.no_grad(), following:
-            evidence.of_example()()
+            call(model, move_to_model(model, evidence.example))
     finally:
         for handle in handles:
             handle.remove()
@@ -155,7 +155,7 @@ class Walk:
                         dense, pruned = (stops[forward] for forward in pair)
                         if dense is not None and pruned is not None and dense.path == pruned.path == path:
                             number = self._evidence.processes.number(index)
-                            fit.add(dense, pruned, number, sample.num_samples, _real(batch, pruned.x))
+                            fit.add(dense, pruned, number, sample.num_rows, _real(batch, pruned.x))
                         tick()
                     fit.sums = self._evidence.processes.summed("layer inputs", fit.sums)
                     if fit.sums:
@@ -268,9 +268,9 @@ class Walk:
         return out
 
 
-def _real(batch: Batch, x: Tensor) -> Tensor | None:
+def _real(batch: Any, x: Tensor) -> Tensor | None:
     """Return 1 for tokens and 0 for padding, in the shape of an input with one channel; None where nothing says."""
-    mask = batch.get("attention_mask")
+    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
     if not isinstance(mask, Tensor) or mask.dim() != 2 or x.dim() != 3 or mask.shape != x.shape[:2]:
         return None
     real = (mask != 0).to(x.device)

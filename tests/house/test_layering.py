@@ -30,7 +30,7 @@ LAYERS = [
     {"admission"},
     {"cut"},
     {"pipeline"},
-    {"planned"},
+    {"planned", "floor"},
     {"tradeoff"},
     {"plots"},
     {"card"},
