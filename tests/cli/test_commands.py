@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import fields
 
 import pytest
 import torch
@@ -10,7 +11,8 @@ from on_disk import save_data, save_model
 from transformers import AutoModelForCausalLM, AutoModelForImageClassification, AutoTokenizer
 from typer.testing import CliRunner
 
-from hap_hf import HapConfig, PruningReport, plan_of
+from hap_hf import PruningReport, plan_of
+from hap_hf.arguments import pruning_arguments
 from hap_hf.cli.app import app
 from hap_hf.cli.tasks import TASKS
 from hap_hf.tradeoff import Tradeoff
@@ -162,7 +164,9 @@ def test_every_setting_is_a_flag_and_the_help_fits_a_screen():
     short, long = ran("prune", "--help"), ran("prune", "--help-all")
     assert short.count("\n") <= 50
     assert "--implant-ratio" not in short
-    for name in set(HapConfig.help()) - {"amount", "seed", "max_batches"}:
+    flags = {f.name for f in fields(pruning_arguments("seed", "max_batches"))}
+    assert {"implant_ratio", "num_probes", "exclude"} <= flags
+    for name in flags:
         assert f"--{name.replace('_', '-')}"[:20] in long
 
 
