@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Any, Self
 
 from torch import nn
 
-from hap_hf.criteria import Criterion, MaskGGN, criterion_of, known_criteria
+from hap_hf.criteria import Criterion, MaskGGN, criterion_of, hint_at
 from hap_hf.errors import ConfigError
 from hap_hf.evidence.evidence import Evidence
 from hap_hf.evidence.losses import LossFunction
 from hap_hf.evidence.precision import Precision
 from hap_hf.evidence.processes import ALONE, Processes
 from hap_hf.names.amount import Amount
-from hap_hf.names.checks import at_least, boolean, meant, member, plain_json, share, shares, strings
+from hap_hf.names.checks import at_least, boolean, member, plain_json, share, shares, strings
 from hap_hf.names.currencies import Currency, Macs, Params, Units
 from hap_hf.names.group import Group, Kind
 from hap_hf.surgery import ImplantInit
@@ -111,7 +111,7 @@ class HapConfig:
             known = {f.name for f in fields(cls)}
             for name in settings:
                 if name not in known:
-                    raise ConfigError(f"HapConfig has no setting {name!r}{_hint(name, known)}")
+                    raise ConfigError(f"HapConfig has no setting {name!r}{hint_at(name, known)}")
             return super().__new__(cls)
 
     def __post_init__(self) -> None:
@@ -287,20 +287,11 @@ class HapConfig:
             )
             unknown = []
         if unknown:
-            raise ConfigError(f"unknown settings {unknown}{_hint(str(unknown[0]), known)}; known are {sorted(known)}")
+            raise ConfigError(f"unknown settings {unknown}{hint_at(str(unknown[0]), known)}; known are {sorted(known)}")
         settings = {name: value for name, value in values.items() if name in known}
         if isinstance(settings.get("amount"), Mapping):
             settings["amount"] = Amount.from_dict(settings["amount"])
         return cls(**settings)
-
-
-def _hint(name: str, known: Iterable[str]) -> str:
-    """Return the end of a message about a setting that there is not."""
-    owners = [c for c in known_criteria().values() if name in {f.name for f in fields(c)}]
-    if owners:
-        each = " or ".join(f"method={c.__name__}({name}=...)" for c in owners)
-        return f": it belongs to a criterion, write {each}"
-    return meant(name, known)
 
 
 def _plain(value: Any) -> Any:

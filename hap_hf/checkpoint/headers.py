@@ -12,7 +12,7 @@ import huggingface_hub
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 from safetensors import safe_open
 
-from hap_hf.checkpoint.loading import QUANT_METHODS, HapPlanConfig
+from hap_hf.checkpoint.entry import QUANT_METHODS, HapPlanConfig
 from hap_hf.errors import ConfigError, PlanFormatError
 from hap_hf.names.plan import PruningPlan
 

@@ -4,7 +4,14 @@ One file a criterion: a frozen dataclass that holds its settings and facts and s
 """
 
 from hap_hf.criteria.chance import Random
-from hap_hf.criteria.criterion import Criterion, ScoringTask, criterion_of, known_criteria, register_criterion
+from hap_hf.criteria.criterion import (
+    Criterion,
+    ScoringTask,
+    criterion_of,
+    hint_at,
+    known_criteria,
+    register_criterion,
+)
 from hap_hf.criteria.empirical_fisher import EmpiricalFisher
 from hap_hf.criteria.ggn import GGN
 from hap_hf.criteria.ggn_quadratic import GGNQuadratic
@@ -39,6 +46,7 @@ __all__ = [
     "Taylor",
     "UnitWeights",
     "criterion_of",
+    "hint_at",
     "known_criteria",
     "register_criterion",
     "roles_of",

@@ -1,7 +1,7 @@
 """What a criterion is: its settings, its facts, and a function from what is measured on to scores."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, ClassVar, TypeVar
 
@@ -153,3 +153,20 @@ def criterion_of(method: object) -> Criterion:
     if unknown:
         raise ConfigError(f"{name} has no setting {', '.join(unknown)}; it has {sorted(known) or 'none'}")
     return _CRITERIA[name](**settings)
+
+
+def hint_at(setting: str, known: Iterable[str]) -> str:
+    """Return the end of a message about a setting of a config that there is not.
+
+    Args:
+        setting: Its name.
+        known: Names of the settings that there are.
+
+    Returns:
+        Which criterion it belongs to, or which setting was probably meant.
+    """
+    owners = [c for c in _CRITERIA.values() if setting in {f.name for f in fields(c)}]
+    if not owners:
+        return meant(setting, known)
+    each = " or ".join(f"method={c.__name__}({setting}=...)" for c in owners)
+    return f": it belongs to a criterion, write {each}"
