@@ -22,7 +22,7 @@ from transformers import (
 
 import hap_hf.checkpoint
 from hap_hf.checkpoint import check_recordable, plan_of, record_plan, save_pruned
-from hap_hf.errors import ConfigError, PlanFormatError, PlanMismatchError, UnsupportedModelError
+from hap_hf.errors import ConfigError, PlanFormatError, PlanMismatchError
 from hap_hf.names.plan import MAX_STAGES, PruningPlan
 
 
@@ -260,8 +260,8 @@ def test_save_pruned_writes_what_save_pretrained_writes(tmp_path):
     assert torch.equal(logits(type(model).from_pretrained(tmp_path), batch), logits(model, batch))
 
 
-def test_save_pruned_refuses_a_module_without_save_pretrained(tmp_path):
-    with pytest.raises(UnsupportedModelError, match="expected a transformers PreTrainedModel, got Linear"):
+def test_save_pruned_refuses_a_module_that_carries_no_plan(tmp_path):
+    with pytest.raises(ConfigError, match="this Linear carries no plan"):
         save_pruned(nn.Linear(2, 2), tmp_path)
 
 

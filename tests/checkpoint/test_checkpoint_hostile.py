@@ -47,8 +47,8 @@ def group_in(config, name):
 
 MALFORMED = {
     "plan is a number": (lambda c: c["quantization_config"].update(plan=5), "plan must be a dict, got int"),
-    "plan is missing": (lambda c: c["quantization_config"].pop("plan"), "must hold quant_method and plan"),
-    "an entry too many": (lambda c: c["quantization_config"].update(code="x"), "must hold quant_method and plan"),
+    "plan is missing": (lambda c: c["quantization_config"].pop("plan"), "must hold quant_method, plan"),
+    "an entry too many": (lambda c: c["quantization_config"].update(code="x"), "must hold quant_method, plan"),
     "a newer format": (lambda c: plan_in(c).update(format=FORMAT_VERSION + 1), "upgrade hap_hf"),
     "stages are a string": (lambda c: plan_in(c).update(stages="kkk"), "stages must be a list"),
     "too few actions": (lambda c: groups_in(c)[0].update(actions="k"), "exactly 4 units"),
