@@ -16,6 +16,7 @@ from hap_hf.evidence.evidence import Evidence
 from hap_hf.host import own_parameters
 from hap_hf.layers.projection import channel_dim, is_projection, known, on_input, output_dim
 from hap_hf.model.masking import Units, channels
+from hap_hf.model.state import restart_random_numbers
 from hap_hf.names.group import Role
 from hap_hf.reconstruction.layer import Fitted, LayerFit, Stop
 from hap_hf.reconstruction.pausing import PausedForward
@@ -250,6 +251,8 @@ class Walk:
     def _stop(self, forward: PausedForward, stop: Stop) -> None:
         """Wait until the layer is fitted, and go on with what it computes then."""
         forward.pause(stop)
+        # Others have drawn meanwhile; from here on the dense and the pruned pass must draw the same.
+        restart_random_numbers(self._model, self._evidence.seed + 1 + self._order[stop.path])
         if forward in self._pruned:
             # Into the very tensor that the model goes on with.
             change = self._computed(stop.path, stop.x) - stop.y

@@ -166,6 +166,17 @@ def test_models_of_all_kinds_are_walked_and_left_as_found(family):
     assert all(v.shape == model.get_parameter(n).shape for n, v in values.items())
 
 
+@pytest.mark.parametrize("units", [0, 4])
+def test_a_model_that_draws_random_numbers_draws_the_same_ones_in_both_passes(units):
+    model = bert().eval()
+    for layer in model.bert.encoder.layer:
+        layer.output.dropout.forward = lambda x: x + torch.randn_like(x)  # in eval mode as well
+    evidence = config(max_batches=None).evidence(model, texts())
+    gone = [(g, range(units)) for g in find_groups(model, evidence.example) if g.kind == "ffn"]
+    # Where nothing goes both passes are the same, and nothing is to be fitted.
+    assert bool(Walk(evidence, gone).run({})) is (units > 0)
+
+
 def test_copies_of_neurons_go_without_loss():
     model = bert().eval()
     for layer in model.bert.encoder.layer:
