@@ -11,12 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
 __all__ = [
+    "BATCH_NORMS",
     "CONTAINERS",
     "BatchNorm",
     "NormWithStatistics",
+    "TorchDispatchMode",
     "attention_of",
     "call_hooks",
     "device_hook",
@@ -39,6 +42,12 @@ NormWithStatistics = _NormBase
 """Base of batch and instance norms."""
 BatchNorm = _BatchNorm
 """Base of batch norms."""
+BATCH_NORMS = {
+    torch.ops.aten.native_batch_norm.default: 5,
+    torch.ops.aten.cudnn_batch_norm.default: 5,
+    torch.ops.aten._native_batch_norm_legit_no_training.default: None,
+}
+"""Operations of batch norms, each with the place of its argument whether it trains; None for those that never do."""
 CONTAINERS = ("_parameters", "_buffers", "_modules")
 """Attributes in which a module keeps what it is made of."""
 

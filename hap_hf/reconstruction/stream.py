@@ -6,16 +6,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+
+from hap_hf.host import BATCH_NORMS, TorchDispatchMode
 
 _aten = torch.ops.aten
 _SUMS = {_aten.add.Tensor, _aten.add_.Tensor}
 _PRODUCTS = {_aten.mul.Tensor, _aten.mul_.Tensor}
-_NORMS = {  # batch norms, with whether they train at this place of their arguments
-    _aten.native_batch_norm.default: 5,
-    _aten.cudnn_batch_norm.default: 5,
-    _aten._native_batch_norm_legit_no_training.default: None,
-}
 
 
 @dataclass
@@ -60,8 +56,8 @@ class Way:
             if other is self.tip or (isinstance(other, Tensor) and not adds and not self._per_channel(other)):
                 return None
             self.factor = self.factor if adds else self.factor * other
-        elif function in _NORMS:
-            place = _NORMS[function]
+        elif function in BATCH_NORMS:
+            place = BATCH_NORMS[function]
             weight, bias, _, variance = args[1:5]
             if args[0] is not self.tip or variance is None or (place is not None and args[place]):
                 return None
