@@ -37,7 +37,20 @@ class ReadInput:
         Returns:
             The squares, in float32 (float64 for float64 inputs).
         """
-        return grad.to(accumulation_dtype(self.x.dtype)).square().sum(self.channels, keepdim=True)
+        return position_weights(grad, self.channels)
+
+
+def position_weights(grad: Tensor, channels: int) -> Tensor:
+    """Return the squared norm of a gradient at each position.
+
+    Args:
+        grad: Gradient of what a layer reads.
+        channels: The dimension of its features or channels.
+
+    Returns:
+        The squares in the shape of ``grad`` with one channel, in float32 (float64 for float64 gradients).
+    """
+    return grad.to(accumulation_dtype(grad.dtype)).square().sum(channels, keepdim=True)
 
 
 class InputListener(Protocol):

@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from hap_hf.curvature.graph import not_a_view, reached_otherwise
 from hap_hf.curvature.hvp import listed
-from hap_hf.curvature.input_watch import InputCall, ReadInput, branch, read_by_mask
+from hap_hf.curvature.input_watch import InputCall, ReadInput, branch, position_weights, read_by_mask
 from hap_hf.curvature.layers import MatrixCall, NotPerSampleError, multiplies_by_matrix
 from hap_hf.curvature.marginals import Marginals, Wanted, chunks
 from hap_hf.curvature.replay import ReplayedCall
@@ -97,11 +97,15 @@ class LayerWatch:
             return None
         own = branch(x)
         if path is not None:
-            read, index = ReadInput(path, own, channels), len(self.read)
-            self.read.append(read)
             register: Callable[[Callable[[Tensor], None]], object] = own.register_hook
-            register(lambda grad: self.read_weights.update({index: read.weights(grad)}))
+            # A hook that held the input would keep the whole graph alive: no collector sees a circle through it.
+            register(partial(self._weigh, len(self.read), channels))
+            self.read.append(ReadInput(path, own, channels))
         return own
+
+    def _weigh(self, index: int, channels: int, grad: Tensor) -> None:
+        """Take the gradient of what a layer read."""
+        self.read_weights[index] = position_weights(grad, channels)
 
     def _record(
         self,
