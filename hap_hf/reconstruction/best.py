@@ -1,6 +1,7 @@
 """Which repair the whole model is best with: reconstruction, compensation, or none."""
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -9,7 +10,8 @@ from torch import Tensor
 from hap_hf.compensation import Compensation
 from hap_hf.evidence.evidence import Evidence
 from hap_hf.evidence.mean import mean_loss
-from hap_hf.evidence.memory import in_batches_that_fit
+from hap_hf.evidence.memory import in_batches_that_fit, is_out_of_memory
+from hap_hf.evidence.processes import Processes
 from hap_hf.model.masking import masked
 from hap_hf.model.values import replaced_values
 from hap_hf.names.actions import PRUNE
@@ -66,9 +68,21 @@ def best_repair(
         left = [] if compensation is None else [r for r in compensation.readers if r.path not in walk.layers]
         if compensation is not None and left:
             others = replace(compensation, readers=left).values(gone)
-        values = walk.run(others)
-        found, without = loss(values), loss({})
+        values = _run(walk, others, evidence.processes)
+        found, without = loss(values) if values else math.inf, loss({})
         logger.info("reconstruction of %d weights: loss %.4g, %.4g without any", len(values), found, without)
         if found < without:
             return Repair(values, reconstructed=True)
     return Repair({} if compensation is None else compensation.best_values(stage, evidence))
+
+
+def _run(walk: Walk, others: Mapping[str, Tensor], processes: Processes) -> dict[str, Tensor]:
+    """Return what a walk finds; nothing where the activations of all batches do not fit into memory together."""
+    try:
+        return walk.run(others)
+    except (RuntimeError, MemoryError) as error:
+        # Other processes would wait for this one at the next layer.
+        if not is_out_of_memory(error) or processes.size > 1:
+            raise
+        logger.warning("out of memory while layers were reconstructed; compensation stands in: give fewer batches")
+        return {}

@@ -4,6 +4,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch.func import functional_call
 
 from hap_hf.evidence.batches import call, move_to_model
 from hap_hf.evidence.evidence import Evidence
+from hap_hf.evidence.precision import Precision
 from hap_hf.host import own_parameters
 from hap_hf.layers.projection import channel_dim, is_projection, known, on_input, output_dim
 from hap_hf.model.masking import Units, channels
@@ -103,7 +105,8 @@ class Walk:
 
     def __init__(self, evidence: Evidence, gone: Units) -> None:
         gone = [(group, list(units)) for group, units in gone]
-        self._evidence = evidence
+        # What is fitted is what the model computes by itself, whatever it was scored in.
+        self._evidence = replace(evidence, precision=Precision.FP32)
         self._model = evidence.model
         self._steps = stations(evidence, fitted_layers(evidence.model))
         self._order = {path: place for place, path in enumerate(self._steps)}
@@ -226,7 +229,7 @@ class Walk:
             return None
         x = args[0] if args else next(iter(kwargs.values()))
         if path in self._done:  # not fitted here, or called in another order than in the example
-            return self._computed(path, x) if forward in self._pruned else None
+            return self._computed(path, x).to(out.dtype) if forward in self._pruned else None
         # The way may lead through operations that change the tensor itself.
         y = out.clone() if forward in self._pruned else out
         way = Way.of(out, channel_dim(module))
@@ -261,11 +264,13 @@ class Walk:
                 stop.way.tip.add_(self._shifts[stop.path])
 
     def _computed(self, path: str, x: Tensor) -> Tensor:
-        """Return the output of a layer with the values that it has by now."""
+        """Return the output of a layer with the values that it has by now, in the dtype of its weight."""
         own = {n.removeprefix(f"{path}."): v for n, v in self._values.items() if n.startswith(f"{path}.")}
-        self._computing = True
+        module, self._computing = self._module(path), True
         try:
-            out: Tensor = functional_call(self._module(path), own, (x,))
+            # Models that are trained in half precision may compute in it by themselves, and this may be inside or not.
+            with torch.autocast(x.device.type, enabled=False):
+                out: Tensor = functional_call(module, own, (x.to(module.get_parameter("weight").dtype),))
         finally:
             self._computing = False
         return out
