@@ -39,6 +39,8 @@ def plan_of(model: nn.Module) -> PruningPlan | None:
     """
     if not isinstance(model, PreTrainedModel):
         kept = vars(model).get(_ATTRIBUTE)
+        if not isinstance(kept, PruningPlan) and callable(inner := getattr(model, "get_base_model", None)):
+            return plan_of(inner())  # peft's wrapper around a model of transformers
         return kept if isinstance(kept, PruningPlan) else None
     entry = entry_of(model)
     if entry is None:

@@ -16,7 +16,7 @@ from hap_hf.criteria import Scores, ScoringTask
 from hap_hf.curvature import InputListener, Watchable
 from hap_hf.errors import CurvatureError, HapError
 from hap_hf.evidence.evidence import Evidence
-from hap_hf.evidence.memory import in_batches_that_fit
+from hap_hf.evidence.memory import in_batches_that_fit, is_out_of_memory
 from hap_hf.model.masking import masked
 from hap_hf.names.actions import PRUNE
 from hap_hf.names.group import Group
@@ -155,6 +155,8 @@ def _named(evidence: Evidence, config: HapConfig) -> Generator[None]:
     except HapError:
         raise
     except RuntimeError as error:
+        if is_out_of_memory(error):  # says nothing of the model
+            raise
         raise CurvatureError(
             f"{type(evidence.model).__name__} cannot be scored by {config.criterion.name}: {type(error).__name__}: "
             f"{error}; method='magnitude' looks at the weights alone"
