@@ -1,6 +1,7 @@
 """Scoring by gradients of samples: the model is left as found, and nothing that should not matter does."""
 
 import json
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -227,7 +228,8 @@ def test_standard_errors_cover_the_scores_of_other_samples(method: str) -> None:
     assert (spread / announced < 1.6).all()
 
 
-def test_the_progress_bar_counts_batches(capfd: pytest.CaptureFixture[str]) -> None:
+def test_the_progress_bar_counts_batches(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)  # in a pipe there is none
     scored("mask_fisher", net(), FFN, [BATCH] * 5, max_batches=2, progress=True)
     assert "mask_fisher: 100%" in (error := capfd.readouterr().err)
     assert "2/2" in error

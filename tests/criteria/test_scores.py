@@ -1,5 +1,6 @@
 """Sensitivities of units against dense Hessians, finite differences and sums written out by hand."""
 
+import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -247,7 +248,10 @@ def test_the_loss_is_the_users_and_is_called_once_a_batch() -> None:
     assert len(calls) == 2
 
 
-def test_the_progress_bar_ticks_once_a_probe_on_standard_error(capfd: pytest.CaptureFixture[str]) -> None:
+def test_the_progress_bar_ticks_once_a_probe_on_standard_error(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)  # in a pipe there is none
     score(net(), [FFN], [BATCH] * 5, config(num_probes=3, max_batches=2, progress=True))
     out, err = capfd.readouterr()
     assert out == ""

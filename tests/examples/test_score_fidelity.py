@@ -17,7 +17,7 @@ from transformers import AutoModelForSequenceClassification
 
 from hap_hf import Coupling, Evidence, Hessian, Hvp, ScoringTask, find_groups
 from hap_hf.criteria import UnitWeights
-from hap_hf.criteria.probes import Again, Probing, by_probes
+from hap_hf.criteria.probes import Again, by_probes
 from hap_hf.curvature import LinearisedLosses
 
 
@@ -66,7 +66,7 @@ def test_the_error_of_the_split_trace_is_that_of_the_probes_alone(task: ScoringT
     found = torch.tensor(estimate(SPLIT, 3, task).error, dtype=torch.float64)
     units = UnitWeights.of(task.evidence.model, task.groups)
     rest = LinearisedLosses(task.evidence.model, Again(task.evidence.losses), units.tensors)
-    probing = Probing(num_probes=3, stop_share=None, hvp=Hvp.DOUBLE_BACKWARD, coupling=Coupling.SUM)
+    probing = Hessian(num_probes=3, stop_share=None, hvp=Hvp.DOUBLE_BACKWARD, coupling=Coupling.SUM)
     torch.testing.assert_close(found, by_probes(task, units, probing, rest, "").standard_error)
     # With the spread over the samples it is larger.
     assert (found < every(ESTIMATORS[SPLIT](3).score(task).standard_error, task)).all()

@@ -192,7 +192,7 @@ FAILURES = {
 """What fails in one process, and what the first and the second say."""
 
 DIFFERENCES = {
-    "other_plan": ("plan", "threshold, bert.encoder.layer."),
+    "other_plan": ("plan", "threshold, actions; start every process"),
     "other_weights": ("weights after pruning", "bert.embeddings.LayerNorm.bias; start every process"),
     "drifted": ("weights before pruning", "classifier.bias; load the same checkpoint in every process"),
     "other_settings": ("settings of HessianPruner", "method, interval; start every process"),

@@ -9,6 +9,7 @@ import transformers as hf
 from torch import nn
 from trainings import Net, assert_same, config, make_trainer, samples, tiny_model
 
+import hap_hf.admission
 import hap_hf.cut
 import hap_hf.pipeline
 from hap_hf import (
@@ -152,7 +153,7 @@ def test_after_pruning_failed_and_was_rolled_back_every_optimizer_goes_on(stage,
         backward(m)
         o.step()
 
-    module = hap_hf.cut if hasattr(hap_hf.cut, stage) else hap_hf.pipeline
+    module = next(m for m in (hap_hf.admission, hap_hf.cut, hap_hf.pipeline) if hasattr(m, stage))
     original = getattr(module, stage)
     calls = []
 
@@ -175,14 +176,19 @@ def test_after_pruning_failed_and_was_rolled_back_every_optimizer_goes_on(stage,
 def test_after_a_failure_in_the_middle_of_surgery_the_optimizer_goes_on(monkeypatch):
     model = tiny_model()
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
-    cut, calls = hap_hf.surgery.apply._cut, []
+    apply, cut, calls = hap_hf.cut.apply_plan_, hap_hf.surgery.apply._cut, []
 
     def failing(*args):
         calls.append(1)
         return fails() if len(calls) > 3 else cut(*args)
 
+    def applied(*args, **kwargs):  # not the trials of discovery
+        with monkeypatch.context() as inner:
+            inner.setattr(hap_hf.surgery.apply, "_cut", failing)
+            return apply(*args, **kwargs)
+
     with monkeypatch.context() as patch:
-        patch.setattr(hap_hf.surgery.apply, "_cut", failing)
+        patch.setattr(hap_hf.cut, "apply_plan_", applied)
         with pytest.raises(OSError, match="failed"):
             prune(model, batches(), config())
     backward(model)
