@@ -25,8 +25,7 @@ def draw_report(report: PruningReport, folder: Path, suffix: str = ".png") -> li
     Returns:
         The files; none without matplotlib.
     """
-    if importlib.util.find_spec("matplotlib") is None:
-        logger.warning('no pictures without matplotlib: pip install "hap_hf[plots]"')
+    if not _can_draw():
         return []
     from hap_hf import plots
 
@@ -49,14 +48,21 @@ def draw_sweep(sweep: Tradeoff, folder: Path, suffix: str = ".png") -> list[Path
     Returns:
         The files; none without matplotlib.
     """
-    if importlib.util.find_spec("matplotlib") is None:
-        logger.warning('no pictures without matplotlib: pip install "hap_hf[plots]"')
+    if not _can_draw():
         return []
     from hap_hf import plots
 
     return _drawn(
         {"sweep": lambda: plots.plot_tradeoff(sweep), "losses": lambda: plots.plot_losses(sweep)}, folder, suffix
     )
+
+
+def _can_draw() -> bool:
+    """Return whether matplotlib is there, and say so where it is not."""
+    found = importlib.util.find_spec("matplotlib") is not None
+    if not found:
+        logger.warning('no pictures without matplotlib: pip install "hap_hf[plots]"')
+    return found
 
 
 def _drawn(drawings: dict[str, Callable[[], Any]], folder: Path, suffix: str) -> list[Path]:

@@ -75,17 +75,12 @@ class LayerFit:
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        path: str,
-        removed: list[int],
-        idle: Iterable[int] = (),
-        values: Mapping[str, Tensor] | None = None,
+        self, model: nn.Module, path: str, removed: list[int], idle: Iterable[int], values: Mapping[str, Tensor]
     ) -> None:
         self.path = path
         self._model = model
         self._module = model.get_submodule(path)
-        self._values = {} if values is None else values
+        self._values = values
         self._names = {id(p): name for name, p in model.named_parameters()}
         weight = self._module.get_parameter("weight")
         self._out = output_dim(self._module)

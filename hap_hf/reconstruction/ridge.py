@@ -1,7 +1,6 @@
 """Ridge regression from second moments, its strength chosen by samples that were not fitted."""
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -98,7 +97,6 @@ def fit_held_out(
     free: int = 0,
     scale: Tensor | None = None,
     start: float = 1e-2,
-    ridges: Sequence[float] = RIDGES,
 ) -> RidgeFit:
     """Choose the strength of a ridge regression by samples that were held out, and fit all samples with it.
 
@@ -110,8 +108,7 @@ def fit_held_out(
         test: Moments of the samples to choose by.
         free: The first so many inputs are not regularised.
         scale: Weights of the outputs in the error, ``[outputs]``.
-        start: Strength to begin with, one of ``ridges``.
-        ridges: Strengths, falling.
+        start: Strength to begin with, one of :data:`RIDGES`.
 
     Returns:
         The fit.
@@ -123,19 +120,19 @@ def fit_held_out(
     errors: dict[float, float] = {}
 
     def error(place: int) -> float:
-        if not 0 <= place < len(ridges):
+        if not 0 <= place < len(RIDGES):
             return math.inf
-        if ridges[place] not in errors:
-            solution = train.solution(ridges[place], free)
-            errors[ridges[place]] = math.inf if solution is None else test.error(solution, scale)
-        return errors[ridges[place]]
+        if RIDGES[place] not in errors:
+            solution = train.solution(RIDGES[place], free)
+            errors[RIDGES[place]] = math.inf if solution is None else test.error(solution, scale)
+        return errors[RIDGES[place]]
 
-    place = ridges.index(start)
+    place = RIDGES.index(start)
     # Downhill to both sides: the error is a smooth function of the strength with one valley.
     for step in (-1, 1):
         while error(place + step) < error(place):
             place += step
-    solution = (train + test).solution(ridges[place], free) if error(place) < nothing else None
+    solution = (train + test).solution(RIDGES[place], free) if error(place) < nothing else None
     if solution is None:
         return RidgeFit(zeros, math.inf, 1.0)
-    return RidgeFit(solution, ridges[place], error(place) / nothing)
+    return RidgeFit(solution, RIDGES[place], error(place) / nothing)
