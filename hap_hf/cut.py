@@ -46,7 +46,8 @@ def around_cut(
     if not (config.reconstructs or config.compensates):
         return moments, Repair()
     measured = compensation if config.compensates else None
-    repair = best_repair(evidence, stage, measured, reconstruct=config.reconstructs)
+    silent = config.implant_init is ImplantInit.ZERO
+    repair = best_repair(evidence, stage, measured, reconstruct=config.reconstructs, silent_implants=silent)
     clock.lap("repair")
     return moments, repair
 

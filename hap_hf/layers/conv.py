@@ -1,12 +1,14 @@
 """Convolutions of one, two and three dimensions, and timm's that pad as TensorFlow does."""
 
 from collections.abc import Callable, Mapping, Sequence
+from math import prod
 from typing import ClassVar, cast
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from hap_hf.layers.implant_conv import ImplantConv2d, padding_sides, patch_moment, pointwise_rows
+from hap_hf.layers.implant_conv import ImplantConv2d, centre_tap, padding_sides, patch_moment, pointwise_rows
 from hap_hf.layers.kind import LayerKind, register_layer
 
 _CONVOLUTIONS = {1: functional.conv1d, 2: functional.conv2d, 3: functional.conv3d}
@@ -110,6 +112,13 @@ class Conv2d(Convolution):
     def fitted(self, rows: Tensor, implant: nn.Module, moment: Tensor | None) -> Mapping[str, Tensor]:
         """Return the 1 x 1 kernels that stand in for ``rows``, ``[implanted, in_channels, kh, kw]``."""
         return {"implant_pointwise": pointwise_rows(rows, moment)}
+
+    def approximated(self, rows: Tensor, rank: int, moment: Tensor) -> Tensor:
+        """Return kernels that are zero but for their centre, ``[implanted, in_channels, kh, kw]``."""
+        num_taps, centre = prod(rows.shape[2:]), centre_tap(rows.shape[2:])
+        result = torch.zeros_like(rows).flatten(2)
+        result[:, :, centre] = pointwise_rows(rows, moment[:, centre::num_taps])[:, :, 0, 0]
+        return result.view_as(rows)
 
 
 @register_layer("timm.layers.conv2d_same.Conv2dSame")

@@ -210,7 +210,7 @@ def pointwise_rows(rows: Tensor, moment: Tensor | None = None) -> Tensor:
     Returns:
         The weights, ``[implanted, in_channels, 1, 1]``, in the dtype of ``rows``.
     """
-    rows, centre = rows.detach().flatten(2), _centre(rows.shape[2:])
+    rows, centre = rows.detach().flatten(2), centre_tap(rows.shape[2:])
     if moment is None:
         return rows[:, :, centre, None, None].clone()
     work = rows.double().flatten(1)
@@ -254,14 +254,14 @@ def patch_moment(x: Tensor, module: "nn.Conv2d | ImplantConv2d") -> tuple[Tensor
             for i in range(kh)
             for j in range(kw)
         ]
-        centres = taps[_centre(module.kernel_size)].flatten(2)
+        centres = taps[centre_tap(module.kernel_size)].flatten(2)
         num_positions += centres.shape[0] * centres.shape[2]
         for number, tap in enumerate(taps):
             moment[:, number] += (tap.flatten(2) @ centres.mT).sum(0, dtype=torch.float64)
     return moment.flatten(0, 1), num_positions
 
 
-def _centre(kernel_size: Sequence[int]) -> int:
+def centre_tap(kernel_size: Sequence[int]) -> int:
     """Return the number of the centre tap, counted along the rows of the kernel."""
     height, width = kernel_size
     return height // 2 * width + width // 2

@@ -187,6 +187,20 @@ class LayerKind:
         up, down = factor_rows(rows, cast(ImplantLinear, implant).rank, moment)
         return {"implant_up": up, "implant_down": down}
 
+    def approximated(self, rows: Tensor, rank: int, moment: Tensor) -> Tensor:
+        """Return the weights that an implant in the place of ``rows`` amounts to.
+
+        Args:
+            rows: The weights it replaces, ``[implanted, in_features]``.
+            rank: Its rank.
+            moment: Second moment of what the rows are multiplied with, here ``[in_features, in_features]``.
+
+        Returns:
+            The weights, in the shape of ``rows``.
+        """
+        up, down = factor_rows(rows, rank, moment)
+        return up @ down
+
 
 Registered = Callable[[type[LayerKind]], type[LayerKind]]
 

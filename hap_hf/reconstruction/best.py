@@ -14,8 +14,9 @@ from hap_hf.evidence.memory import in_batches_that_fit, is_out_of_memory
 from hap_hf.evidence.processes import Processes
 from hap_hf.model.masking import masked
 from hap_hf.model.values import replaced_values
-from hap_hf.names.actions import PRUNE
+from hap_hf.names.actions import IMPLANT, PRUNE
 from hap_hf.names.plan import GroupPlan
+from hap_hf.reconstruction.implanted import implanted_rows
 from hap_hf.reconstruction.walk import Walk
 
 logger = logging.getLogger(__name__)
@@ -36,7 +37,12 @@ class Repair:
 
 
 def best_repair(
-    evidence: Evidence, stage: Sequence[GroupPlan], compensation: Compensation | None, *, reconstruct: bool
+    evidence: Evidence,
+    stage: Sequence[GroupPlan],
+    compensation: Compensation | None,
+    *,
+    reconstruct: bool,
+    silent_implants: bool = False,
 ) -> Repair:
     """Return the weights that make up for pruned units, those with which the whole model loses least.
 
@@ -48,6 +54,7 @@ def best_repair(
         stage: What happens to the units; not applied yet.
         compensation: What was measured for compensation; None to do without.
         reconstruct: Whether reconstruction is tried.
+        silent_implants: Whether implants compute nothing at first, so that what stays makes up for those units, too.
 
     Returns:
         The repair.
@@ -55,7 +62,7 @@ def best_repair(
     Raises:
         BatchError: If there are no batches, or they hold no loss terms.
     """
-    gone = [(g.group, g.units(PRUNE)) for g in stage]
+    gone = [(g.group, g.units(PRUNE) + (g.units(IMPLANT) if silent_implants else [])) for g in stage]
 
     def loss(values: Mapping[str, Tensor]) -> float:
         # The columns that read the units are as they were, so the units must be silent.
@@ -63,7 +70,8 @@ def best_repair(
             return in_batches_that_fit(mean_loss, evidence)
 
     if reconstruct:
-        walk, others = Walk(evidence, gone), dict[str, Tensor]()
+        implanted = {} if silent_implants else implanted_rows(stage)
+        walk, others = Walk(evidence, gone, implanted), dict[str, Tensor]()
         # Layers that are called several times have no one place at which they could be fitted.
         left = [] if compensation is None else [r for r in compensation.readers if r.path not in walk.layers]
         if compensation is not None and left:

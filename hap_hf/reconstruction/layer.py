@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from hap_hf.curvature import accumulation_dtype
 from hap_hf.layers.projection import channel_dim, known, output_dim, spatial_dims
+from hap_hf.reconstruction.implanted import ImplantedRows
 from hap_hf.reconstruction.ridge import Moments, fit_held_out
 from hap_hf.reconstruction.stream import Way
 
@@ -72,15 +73,23 @@ class LayerFit:
         removed: Inputs of it that go.
         idle: Outputs of it that go.
         values: New values of parameters so far, by name.
+        implanted: Outputs that an implant will compute.
     """
 
     def __init__(
-        self, model: nn.Module, path: str, removed: list[int], idle: Iterable[int], values: Mapping[str, Tensor]
+        self,
+        model: nn.Module,
+        path: str,
+        removed: list[int],
+        idle: Iterable[int],
+        values: Mapping[str, Tensor],
+        implanted: ImplantedRows | None = None,
     ) -> None:
         self.path = path
         self._model = model
         self._module = model.get_submodule(path)
         self._values = values
+        self._implanted = implanted
         self._names = {id(p): name for name, p in model.named_parameters()}
         weight = self._module.get_parameter("weight")
         self._out = output_dim(self._module)
@@ -175,13 +184,17 @@ class LayerFit:
         train, test = (Moments(*(self.sums[f"{half} {part}"] for part in parts)) for half in ("train", "test"))
         scale = (self._factor.double().square() * self._used).expand(len(self._used))
         fit = fit_held_out(train, test, free=int(self._constant), scale=scale, start=start)
-        if math.isinf(fit.ridge):
-            return Fitted({}, None, fit.ridge, 1.0)
-        constant = fit.solution[0] if self._constant else None
-        change = fit.solution[1:] if self._constant else fit.solution
-        values, shift = self._with_constant(constant)
-        added = change.T.reshape(change.shape[1], len(self._kept), -1)  # [outputs, inputs, taps]
-        values[f"{self.path}.weight"] = self._plus(added)
+        values, shift, free = dict[str, Tensor](), None, int(self._constant)
+        weight = self._module.get_parameter("weight").detach()
+        if math.isfinite(fit.ridge):
+            values, shift = self._with_constant(fit.solution[0] if self._constant else None)
+            change = fit.solution[free:]
+            weight = self._plus(change.T.reshape(change.shape[1], len(self._kept), -1))  # [outputs, inputs, taps]
+        if self._implanted is not None:
+            moment = (train.inputs + test.inputs)[free:, free:]
+            weight = self._implanted.approximated(self._module, weight, self._kept, moment)
+        if self._implanted is not None or math.isfinite(fit.ridge):
+            values[f"{self.path}.weight"] = weight
         return Fitted(values, shift, fit.ridge, fit.left)
 
     def _plus(self, added: Tensor) -> Tensor:

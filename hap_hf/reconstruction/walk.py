@@ -1,11 +1,13 @@
 """Layer after layer, each fitted to the dense model on the inputs that it has in the pruned one."""
 
 import logging
+import math
 from collections import Counter
 from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -20,6 +22,7 @@ from hap_hf.layers.projection import channel_dim, is_projection, known, on_input
 from hap_hf.model.masking import Units, channels
 from hap_hf.model.state import restart_random_numbers
 from hap_hf.names.group import Role
+from hap_hf.reconstruction.implanted import ImplantedRows
 from hap_hf.reconstruction.layer import Fitted, LayerFit, Stop
 from hap_hf.reconstruction.pausing import PausedForward
 from hap_hf.reconstruction.stream import Following, Way
@@ -101,9 +104,12 @@ class Walk:
     Args:
         evidence: The model with all its units, which is left as found, and the batches.
         gone: The units that go.
+        implanted: What implants will compute, by the name of the layer.
     """
 
-    def __init__(self, evidence: Evidence, gone: Units) -> None:
+    def __init__(
+        self, evidence: Evidence, gone: Units, implanted: Mapping[str, ImplantedRows] = MappingProxyType({})
+    ) -> None:
         gone = [(group, list(units)) for group, units in gone]
         # What is fitted is what the model computes by itself, whatever it was scored in.
         self._evidence = replace(evidence, precision=Precision.FP32)
@@ -111,6 +117,7 @@ class Walk:
         self._steps = stations(evidence, fitted_layers(evidence.model))
         self._order = {path: place for place, path in enumerate(self._steps)}
         self._removed = {path: sorted(set(index)) for path, index in channels(gone, {Role.CONSUMER}).items()}
+        self._implanted = implanted
         self._idle = channels(gone, {Role.PRODUCER, Role.FACTOR})
         self._pruned: set[PausedForward] = set()
         self._following: dict[PausedForward, Following] = {}
@@ -152,7 +159,7 @@ class Walk:
                 stops: dict[PausedForward, Stop | None] = {}
                 for path in self._steps:
                     removed, idle = self._removed.get(path, []), self._idle.get(path, ())
-                    fit = LayerFit(self._model, path, removed, idle, self._values)
+                    fit = LayerFit(self._model, path, removed, idle, self._values, self._implanted.get(path))
                     for index, ((batch, sample), pair) in enumerate(zip(samples, pairs, strict=True)):
                         for forward in pair:
                             self._advance(forward, path, stops)
@@ -177,7 +184,7 @@ class Walk:
         if fitted.shift is not None:
             self._shifts[path] = fitted.shift
         logger.debug("%s: ridge %g, %.3f of what it lacks is left", path, fitted.ridge, fitted.left)
-        return fitted.ridge if fitted.values else ridge
+        return fitted.ridge if math.isfinite(fitted.ridge) else ridge
 
     def _forward(self, loss: Callable[[], Tensor]) -> PausedForward:
         """Return a forward pass that stops behind each layer that is to be fitted."""

@@ -3,6 +3,7 @@
 import copy
 import math
 import threading
+from dataclasses import replace
 from unittest.mock import Mock
 
 import pytest
@@ -193,9 +194,12 @@ def test_copies_of_neurons_go_without_loss():
             assert (logits(model, evidence.example) - dense).abs().max() < 0.01 * without
 
 
+@pytest.mark.parametrize("implants", [None, "svd", "zero"])
 @pytest.mark.parametrize("name", ["bert", "resnet"])
-def test_the_cut_model_is_the_masked_one_with_the_new_values(name, monkeypatch):
+def test_the_cut_model_is_the_masked_one_with_the_new_values(name, implants, monkeypatch):
     settings = HapConfig(target_params=0.5, seed=1, **QUIET)
+    if implants is not None:
+        settings = replace(settings, implant_ratio=0.3, implant_init=implants)
     if name == "bert":
         model, batches = bert().eval(), texts()
     else:
@@ -211,7 +215,9 @@ def test_the_cut_model_is_the_masked_one_with_the_new_values(name, monkeypatch):
     monkeypatch.setattr(hap_hf.reconstruction.best, "mean_loss", Mock(side_effect=[0.0, 1.0]))
     decision = decide(settings.evidence(model, batches), settings)
     assert decision.reconstructed
-    gone = [(g.group, g.units("p")) for g in decision.stage]
+    # What implants will compute is in the values, or they compute nothing yet.
+    gone = [(g.group, g.units("p") + (g.units("i") if implants == "zero" else [])) for g in decision.stage]
+    assert any(g.implanted for g in decision.stage) is (implants is not None)
 
     with masked(model, gone):
         silenced = outputs(model)
