@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from hap_hf.cli.export import export
 from hap_hf.cli.inspect import inspect
 from hap_hf.cli.plot import plot
 from hap_hf.cli.prune import prune
@@ -19,7 +20,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (prune, inspect, sweep, plot, vanilla):
+for command in (prune, inspect, sweep, plot, export, vanilla):
     app.command()(command)
 
 

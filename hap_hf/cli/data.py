@@ -1,5 +1,6 @@
 """Rows of data from a file, a folder, the Hub, or from what a dependency ships."""
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,6 +53,8 @@ def rows_of(data: str, *, held_out: str | None, seed: int) -> Rows:
         import datasets  # type: ignore[import-untyped]
     except ImportError as error:
         raise ConfigError('reading data takes datasets, which is not there: pip install "hap_hf[cli]"') from error
+    if not sys.stderr.isatty():  # bars of reading, in a pipe
+        datasets.disable_progress_bars()
     loaded = _loaded(datasets, data)
     splits: Mapping[str, Any] = loaded if isinstance(loaded, Mapping) else {"train": loaded}
     if held_out is not None and held_out not in splits:

@@ -50,6 +50,21 @@ class Given:
 
 
 @dataclass(frozen=True)
+class Loaded:
+    """A model with what it needs to read its data.
+
+    Args:
+        model: The model.
+        processor: Its tokenizer or image processor; None for images without one.
+        task: Its task.
+    """
+
+    model: Any
+    processor: Any
+    task: Task
+
+
+@dataclass(frozen=True)
 class Setup:
     """A model and what it is measured on.
 
@@ -72,6 +87,25 @@ class Setup:
     judge: Callable[[Any], float] | None
 
 
+def load(model: str, task: str | None) -> Loaded:
+    """Load a model, and its tokenizer or image processor.
+
+    Args:
+        model: A folder or a name on the Hub.
+        task: Name of the task, or None to read it from the config.
+
+    Returns:
+        Both, and the task.
+
+    Raises:
+        ConfigError: If there is no such folder, or the config says no task.
+    """
+    _check_name(model)
+    found = task_of(transformers.AutoConfig.from_pretrained(model), task)
+    loaded = found.auto.from_pretrained(model)
+    return Loaded(loaded, _processor(model, found), found)
+
+
 def set_up(given: Given, *, train_on_all: bool = False) -> Setup:
     """Load what the user named.
 
@@ -91,7 +125,7 @@ def set_up(given: Given, *, train_on_all: bool = False) -> Setup:
     task = task_of(config, given.task)
     rows = rows_of(given.data, held_out=given.held_out, seed=given.seed)
     model = task.auto.from_pretrained(given.model)
-    processor = _processor(given, task)
+    processor = _processor(given.model, task)
     wanted = None if train_on_all or not given.max_batches else given.max_batches * given.batch_size
     given = replace(given, max_length=given.max_length or _longest(config, processor, task))
     samples = task.samples(_first(rows.train, wanted, task), model, processor, given)
@@ -124,11 +158,11 @@ def _first(rows: Any, number: int | None, task: Task) -> Any:
     return rows.select(range(min(number, len(rows))))
 
 
-def _processor(given: Given, task: Task) -> Any:
+def _processor(model: str, task: Task) -> Any:
     if task.name != "image-classification":
-        return transformers.AutoTokenizer.from_pretrained(given.model)
+        return transformers.AutoTokenizer.from_pretrained(model)
     try:
-        return transformers.AutoImageProcessor.from_pretrained(given.model)  # type: ignore[no-untyped-call]
+        return transformers.AutoImageProcessor.from_pretrained(model)  # type: ignore[no-untyped-call]
     except (OSError, ValueError):  # models that were trained without one have none
         return None
 

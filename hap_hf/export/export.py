@@ -100,6 +100,22 @@ def export(
     return target
 
 
+def check_installed(kind: Format) -> None:
+    """Check that the packages are there that write a kind of file.
+
+    Args:
+        kind: The kind.
+
+    Raises:
+        ConfigError: If one is missing.
+    """
+    missing = [name for name in _NEEDED if kind is not Format.PT2 and importlib.util.find_spec(name) is None]
+    if missing:
+        raise ConfigError(
+            f'format={kind.value!r} needs {" and ".join(missing)}, not installed: pip install "hap_hf[export]"'
+        )
+
+
 def _check(model: nn.Module, target: Path, kind: Format, *, round_sums: bool) -> None:
     """Check what can be checked before anything is computed."""
     if not isinstance(model, nn.Module):
@@ -109,11 +125,7 @@ def _check(model: nn.Module, target: Path, kind: Format, *, round_sums: bool) ->
     check_no_adapters(model)
     if round_sums and kind is not Format.ONNX_INT8:
         raise ConfigError(f"round_sums=True has a meaning only with format='onnx-int8', got format={kind.value!r}")
-    missing = [name for name in _NEEDED if kind is not Format.PT2 and importlib.util.find_spec(name) is None]
-    if missing:
-        raise ConfigError(
-            f"format={kind.value!r} needs {' and '.join(missing)}, which are not installed: pip install hap_hf[export]"
-        )
+    check_installed(kind)
     if not target.parent.is_dir():
         raise ConfigError(f"expected a path in a folder that exists, got {str(target)!r}")
 

@@ -4,6 +4,8 @@ import re
 import shlex
 from pathlib import Path
 
+import pytest
+import typer
 from on_disk import save_data, save_model
 from typer.testing import CliRunner
 
@@ -12,17 +14,18 @@ from hap_hf.cli.app import app
 PAGES = Path(__file__).parents[2] / "docs"
 
 
-def commands(page):
+def blocks_of_commands(page):
+    """Return the commands of each block that has some."""
     blocks = re.findall(r"```bash\n(.*?)```", (PAGES / page).read_text(encoding="utf-8"), flags=re.S)
-    lines = [line for block in blocks for line in block.splitlines() if line.startswith("hap-hf ")]
-    return [shlex.split(line)[1:] for line in lines]
+    lines = [[line for line in block.splitlines() if line.startswith("hap-hf ")] for block in blocks]
+    return [[shlex.split(line, comments=True)[1:] for line in block] for block in lines if block]
 
 
 def test_the_three_commands_of_the_tour_leave_a_checkpoint_and_pictures(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     save_model("text-classification", "my-fine-tuned-bert")
     save_data("text-classification", ".")
-    tour = commands("command-line.md")
+    tour = blocks_of_commands("command-line.md")[0]
     assert len(tour) == 3
     for words in tour:
         done = CliRunner().invoke(app, words)
@@ -31,6 +34,16 @@ def test_the_three_commands_of_the_tour_leave_a_checkpoint_and_pictures(tmp_path
         file.name for file in Path("smaller").iterdir()
     }
     assert Path("tried/sweep.png").is_file()
+
+
+def test_other_commands_of_the_page_have_flags_that_exist():
+    group = typer.main.get_command(app)
+    others = [words for block in blocks_of_commands("command-line.md")[1:] for words in block]
+    assert others
+    for name, *words in others:
+        group.commands[name].make_context(name, words)
+    with pytest.raises(Exception, match="No such option"):
+        group.commands[name].make_context(name, [*words, "--no-such-flag"])
 
 
 def test_every_command_of_the_page_exists():
