@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_u
 __all__ = [
     "BATCH_NORMS",
     "CONTAINERS",
+    "HOOKS",
     "BatchNorm",
     "NormWithStatistics",
     "TorchDispatchMode",
@@ -50,6 +51,8 @@ BATCH_NORMS = {
 """Operations of batch norms, each with the place of its argument whether it trains; None for those that never do."""
 CONTAINERS = ("_parameters", "_buffers", "_modules")
 """Attributes in which a module keeps what it is made of."""
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs")
+"""Attributes in which a module keeps the hooks that run around its forward."""
 
 
 def own_parameters(module: nn.Module) -> dict[str, nn.Parameter | None]:

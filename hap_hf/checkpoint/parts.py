@@ -93,8 +93,7 @@ def whole_plan(model: nn.Module) -> PruningPlan | None:
             # without a config that was loaded with the whole was handed none, and has only what came since.
             known = part_of_plan(plan, prefix).stages
             n = len(known) if theirs.stages[: len(known)] == known else 0
-            since = PruningPlan(theirs.stages[n:], theirs.provenance[n:])
-            plan = plan.then(since.renamed(f"{prefix}.".__add__))
+            plan = plan.then(theirs.since(n).renamed(f"{prefix}.".__add__))
     return plan if plan.stages else None
 
 
@@ -179,13 +178,16 @@ def part_of_plan(plan: PruningPlan, prefix: str) -> PruningPlan:
     Returns:
         The stages that touch it. Of a group that lies in other modules too it has the slices inside.
     """
-    stages, origins = [], []
-    for stage, origin in zip(plan.stages, plan.provenance, strict=True):
+    stages, origins, paths = [], [], []
+    for stage, origin, bypasses in zip(plan.stages, plan.provenance, plan.bypasses, strict=True):
         groups = tuple(inside for g in stage if (inside := _inside(g, f"{prefix}.")) is not None)
-        if groups:
+        # A block lies in a part or outside of it, and so does the path beside it.
+        own = tuple(b.renamed(lambda n: n.removeprefix(f"{prefix}.")) for b in bypasses if b.is_inside(f"{prefix}."))
+        if groups or own:
             stages.append(groups)
             origins.append(origin)
-    return PruningPlan(tuple(stages), tuple(origins))
+            paths.append(own)
+    return PruningPlan(tuple(stages), tuple(origins), tuple(paths))
 
 
 def _inside(g: GroupPlan, prefix: str) -> GroupPlan | None:

@@ -197,7 +197,7 @@ def _to_be_saved(model: PreTrainedModel, state_dict: Mapping[str, Any] | None) -
         return state_dict
     plan = plan_of(model) or PruningPlan(())
     # Only shapes are compared, at every save: that the stages fit each other was checked when they were recorded.
-    left, _ = shapes_left(plan.stages)
+    left, _ = shapes_left(plan)
     saved = dict(model.state_dict() if state_dict is None else state_dict)
     shapes = {name: tuple(saved[name].shape) for name in left if name in saved}
     wrong = [name for name, shape in shapes.items() if shape != left[name]]
@@ -254,7 +254,7 @@ def check_described(model: nn.Module, plan: PruningPlan) -> None:
     Raises:
         PlanMismatchError: If one has not, or if a stage expects other shapes than the one before left.
     """
-    left, wrong = shapes_left(plan.stages)
+    left, wrong = shapes_left(plan)
     tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
     for name, shape in left.items():
         got = tuple(tensors[name].shape) if name in tensors else None

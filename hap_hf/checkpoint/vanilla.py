@@ -58,6 +58,12 @@ def stock_config(model: PreTrainedModel, plan: PruningPlan) -> PreTrainedConfig:
             f"a plain checkpoint cannot hold implants, and {_some(implanted)} have them; prune with implant_ratio=0, "
             "or save with vanilla=False"
         )
+    if any(plan.bypasses):
+        beside = sorted({b.exit for paths in plan.bypasses for b in paths})
+        raise ConfigError(
+            f"a plain checkpoint cannot hold bypasses, and {_some(beside)} have them; prune with implants='rows', or "
+            "save with vanilla=False"
+        )
     config = copy.deepcopy(model.config)
     config.__dict__.pop("quantization_config", None)
     widths = list(_widths(plan))

@@ -9,7 +9,7 @@ from hap_hf.cli import options
 from hap_hf.cli.told import say, told
 from hap_hf.errors import ConfigError
 from hap_hf.names.outcome import footprint, whole
-from hap_hf.names.plan import GroupPlan
+from hap_hf.names.plan import GroupPlan, PruningPlan
 from hap_hf.report.tables import plain_text
 from hap_hf.report.words import counts, exact
 
@@ -30,14 +30,14 @@ def inspect(
 def _dense(header: Header) -> int:
     """Return the parameters before all stages: those that are there, and what each stage took."""
     gone = 0.0
-    for stage in header.plan.stages if header.plan else ():
-        gone += footprint(whole(g.group for g in stage)).params - footprint(stage).params
+    plan = header.plan or PruningPlan(())
+    for stage, bypasses in zip(plan.stages, plan.bypasses, strict=True):
+        gone += footprint(whole(g.group for g in stage)).params - footprint(stage, bypasses).params
     return round(header.params + gone)
 
 
 def _values(header: Header) -> dict[str, Any]:
-    plan = header.plan
-    stages = plan.stages if plan else ()
+    plan = header.plan or PruningPlan(())
     return {
         "class": header.architecture,
         "parameters": header.params,
@@ -57,8 +57,9 @@ def _values(header: Header) -> dict[str, Any]:
                     }
                     for g in stage
                 ],
+                "bypasses": [{"layer": b.exit, "rank": b.rank} for b in bypasses],
             }
-            for stage, origin in zip(stages, plan.provenance if plan else (), strict=True)
+            for stage, origin, bypasses in zip(plan.stages, plan.provenance, plan.bypasses, strict=True)
         ],
     }
 
@@ -79,6 +80,10 @@ def _text(header: Header) -> str:
         ("parameters", exact(_dense(header), header.params)),
         ("weights", f"{header.num_bytes / 1e6:,.1f} MB"),
     ]
+    for number, bypasses in enumerate(plan.bypasses if plan else (), 1):
+        if bypasses:
+            ranks = sorted(b.rank for b in bypasses)
+            facts.append((f"bypasses of stage {number}", f"{len(ranks)} of rank {ranks[0]} to {ranks[-1]}"))
     for number, origin in enumerate(plan.provenance if plan else (), 1):
         settings = origin.get("settings", {})
         if isinstance(settings, dict):

@@ -26,8 +26,9 @@ from hap_hf.model.state import renew_caches
 from hap_hf.names.actions import IMPLANT, KEEP, PRUNE
 from hap_hf.names.group import Group, Role
 from hap_hf.names.plan import GroupPlan, PruningPlan
-from hap_hf.surgery.apply import apply_plan_undoable_, undo_
+from hap_hf.surgery.apply import apply_plan_undoable_
 from hap_hf.surgery.calibration import ImplantInit
+from hap_hf.surgery.undo import undo_
 
 logger = logging.getLogger(__name__)
 

@@ -11,8 +11,9 @@ from math import prod
 from typing import NamedTuple
 
 from hap_hf.names.actions import KEEP
+from hap_hf.names.bypass import BypassPlan
 from hap_hf.names.group import Group, ImplantShape, Role, Slice
-from hap_hf.names.plan import GroupPlan
+from hap_hf.names.plan import GroupPlan, PruningPlan
 
 Cut = tuple[Slice, GroupPlan]
 """A slice and what happens to its units."""
@@ -104,17 +105,18 @@ class Footprint(NamedTuple):
         return Footprint(self.params - other.params, self.macs - other.macs)
 
 
-def footprint(stage: Iterable[GroupPlan]) -> Footprint:
+def footprint(stage: Iterable[GroupPlan], bypasses: Sequence[BypassPlan] = ()) -> Footprint:
     """Return what some groups take together after a plan; entries that are in no slice do not count.
 
     Args:
         stage: Plans of groups of one stage.
+        bypasses: The bypasses of the stage.
 
     Returns:
-        Parameters and multiply-accumulates, implants and attention products included.
+        Parameters and multiply-accumulates, implants, bypasses and attention products included.
     """
     plans = list(stage)
-    each = outcomes(plans).values()
+    each: list[TensorOutcome | BypassPlan] = [*outcomes(plans).values(), *bypasses]
     core = sum(g.group.core_macs * g.survivors for g in plans)
     return Footprint(sum(o.params for o in each), core + sum(o.macs for o in each))
 
@@ -131,21 +133,22 @@ def whole(groups: Iterable[Group]) -> tuple[GroupPlan, ...]:
     return tuple(GroupPlan(g, KEEP * g.num_units) for g in groups)
 
 
-def shapes_left(stages: Iterable[Sequence[GroupPlan]]) -> tuple[Mapping[str, tuple[int, ...]], list[str]]:
-    """Return the shapes that tensors have after several stages.
+def shapes_left(plan: PruningPlan) -> tuple[Mapping[str, tuple[int, ...]], list[str]]:
+    """Return the shapes that tensors have after a plan.
 
     Args:
-        stages: The stages, each of which names tensors as the one before left them.
+        plan: Its stages name tensors as the one before left them.
 
     Returns:
         The shapes by name, and a sentence for each tensor that a stage expects in another shape than it was left in.
     """
     left: dict[str, tuple[int, ...]] = {}
     wrong = []
-    for stage in stages:
+    for stage, bypasses in zip(plan.stages, plan.bypasses, strict=True):
         for name, shape in {s.tensor: s.shape for g in stage for s in g.group.slices}.items():
             # A tensor that no earlier stage named may have any shape: nothing is known of it here.
             if left.get(name, shape) != shape:
                 wrong.append(f"{name}: expected shape {list(left[name])}, got {list(shape)}")
         left |= {name: o.shape for name, o in outcomes(stage).items()}
+        left |= {name: shape for b in bypasses for name, shape in b.shapes.items()}
     return left, wrong

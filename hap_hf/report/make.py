@@ -7,6 +7,7 @@ from hap_hf.criteria import Scores
 from hap_hf.criteria.stopping import near_threshold
 from hap_hf.discovery import LeftWhole
 from hap_hf.errors import ConfigError
+from hap_hf.names.bypass import BypassPlan
 from hap_hf.names.outcome import footprint, whole
 from hap_hf.names.plan import GroupPlan, PruningPlan
 from hap_hf.report.group import GroupReport
@@ -62,7 +63,8 @@ def make_report(
         before=before,
         after=after,
         prunable_before=_size(whole(g.group for g in pruned)),
-        prunable_after=_size(pruned),
+        prunable_after=_size(pruned, plan.bypasses[0] if plan.bypasses else ()),
+        bypasses={b.exit: b.rank for paths in plan.bypasses for b in paths},
         threshold=threshold,
         negative_share=scores.negative_share if scores is not None and scores.sensitivity else None,
         asked=_asked(config),
@@ -76,8 +78,8 @@ def make_report(
     )
 
 
-def _size(stage: Sequence[GroupPlan]) -> ModelSize:
-    found = footprint(stage)
+def _size(stage: Sequence[GroupPlan], bypasses: Sequence[BypassPlan] = ()) -> ModelSize:
+    found = footprint(stage, bypasses)
     return ModelSize(round(found.params), found.macs)
 
 

@@ -61,6 +61,7 @@ class PruningReport:
     scores: Scores | None = field(default=None, repr=False, compare=False)
     loss_before: float | None = None
     loss_after: float | None = None
+    bypasses: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def uncertain_units(self) -> int | None:
@@ -142,6 +143,7 @@ class PruningReport:
                 **{n: values.get(n, "") for n in ("asked", "method")},
                 loss_before=values.get("loss_before"),
                 loss_after=values.get("loss_after"),
+                bypasses={str(name): int(rank) for name, rank in values.get("bypasses", {}).items()},
             )
         except (KeyError, TypeError, ValueError) as error:
             raise ConfigError(
@@ -241,6 +243,9 @@ class PruningReport:
             facts.append(("negative sensitivities", f"{self.negative_share:.1%}"))
         if self.loss_before is not None and self.loss_after is not None:
             facts.append(("loss right before and after the cut", f"{self.loss_before:.4g}, {self.loss_after:.4g}"))
+        if self.bypasses:
+            ranks = sorted(self.bypasses.values())
+            facts.append(("bypasses", f"{len(ranks)} of rank {ranks[0]} to {ranks[-1]}"))
         facts += [("left whole", str(entry)) for entry in self.left_whole]
         facts.append(("seconds", ", ".join(f"{name} {value:.1f}" for name, value in self.seconds.items())))
         return [(name, text) for name, text in facts if text]

@@ -1,6 +1,6 @@
 """Making a model smaller: everything here reads a plan, never a score."""
 
-from hap_hf.surgery.apply import apply_plan_, check_plan, undo_
+from hap_hf.surgery.apply import apply_plan_, check_plan
 from hap_hf.surgery.calibration import ImplantInit, collect_input_moments
 from hap_hf.surgery.freezing import checked_patterns, train_only_implants_
 from hap_hf.surgery.optimizer import carry_optimizer_state_
@@ -16,5 +16,4 @@ __all__ = [
     "recalibrate_batch_norms_",
     "renew_statistics_",
     "train_only_implants_",
-    "undo_",
 ]

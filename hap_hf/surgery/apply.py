@@ -3,27 +3,28 @@
 import copy
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from types import MappingProxyType
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from hap_hf.errors import PlanMismatchError
-from hap_hf.host import CONTAINERS
 from hap_hf.layers.implants import Implanted
 from hap_hf.layers.kind import kind_of
 from hap_hf.layers.projection import has_implant, implant_tensors, input_dim, is_projection, known, output_dim
 from hap_hf.model.change import TensorChange, memory_format_of
-from hap_hf.model.placement import take_over_placement_
 from hap_hf.model.stale import note_replaced
 from hap_hf.model.state import renew_caches
 from hap_hf.names.actions import KEEP
 from hap_hf.names.group import Slice
 from hap_hf.names.plan import GroupPlan, PruningPlan
+from hap_hf.surgery.bypass import attach_bypasses_
 from hap_hf.surgery.calibration import ImplantInit
 from hap_hf.surgery.check import check_outcome, stage_problems
 from hap_hf.surgery.order import Order
 from hap_hf.surgery.sizes import segments_left, sync_sizes_
+from hap_hf.surgery.undo import Undo, remember_, replace_, undo_
 
 Stage = Sequence[GroupPlan]
 
@@ -54,6 +55,7 @@ def apply_plan_(
     *,
     init: ImplantInit | str = ImplantInit.SVD,
     input_moments: Mapping[str, Tensor] | None = None,
+    bypass_values: Mapping[str, Tensor] | None = None,
 ) -> tuple[TensorChange, ...]:
     """Make ``model`` smaller, in place.
 
@@ -64,6 +66,8 @@ def apply_plan_(
         plan: What to do with each unit.
         init: Initial weights of implants.
         input_moments: Second moments of layer inputs by weight name, for the initial weights of implants.
+        bypass_values: Weights of bypasses by name, with the inputs and outputs that there are before the plan. Without
+            them a bypass adds nothing at first.
 
     Returns:
         What changed, in order, for :func:`hap_hf.surgery.carry_optimizer_state_`.
@@ -71,36 +75,28 @@ def apply_plan_(
     Raises:
         PlanMismatchError: If the plan does not fit; the model is then as it was.
     """
-    changes, _ = apply_plan_undoable_(model, plan, init=ImplantInit(init), input_moments=input_moments or {})
+    changes, _ = apply_plan_undoable_(
+        model, plan, init=ImplantInit(init), input_moments=input_moments or {}, bypass_values=bypass_values or {}
+    )
     # Only after success: where a plan is taken back, optimizers still hold the right tensors.
     note_replaced(changes)
     return changes
 
 
-Undo = list[tuple[nn.Module, dict[str, Any]]]
-
-
-def undo_(undo: Undo) -> None:
-    """Put back what :func:`apply_plan_undoable_` changed.
-
-    Args:
-        undo: The record it returned.
-    """
-    # Newest first: of a module that was recorded twice, the oldest state must be put back last.
-    for module, state in reversed(undo):
-        module.__dict__.clear()
-        module.__dict__.update(state)
-
-
 def apply_plan_undoable_(
-    model: nn.Module, plan: PruningPlan, *, init: ImplantInit, input_moments: Mapping[str, Tensor]
+    model: nn.Module,
+    plan: PruningPlan,
+    *,
+    init: ImplantInit,
+    input_moments: Mapping[str, Tensor],
+    bypass_values: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> tuple[tuple[TensorChange, ...], Undo]:
     """Apply ``plan`` as :func:`apply_plan_` does, and also return the record with which :func:`undo_` takes it back."""
     changes: list[TensorChange] = []
     undo: Undo = []
     try:
         for number, stage in enumerate(plan.stages):
-            problems = stage_problems(model, stage)
+            problems = stage_problems(model, stage, plan.bypasses[number])
             if problems:
                 listed = "\n  ".join(problems[:20]) + (
                     f"\n  and {len(problems) - 20} more" if len(problems) > 20 else ""
@@ -109,7 +105,8 @@ def apply_plan_undoable_(
                     f"the plan does not fit this {type(model).__name__} (stage {number + 1} of {len(plan.stages)}); "
                     f"apply it to the model it was made for:\n  {listed}"
                 )
-            changes += _apply_stage(model, stage, init, input_moments, undo)
+            made = _apply_stage(model, stage, init, input_moments, undo)
+            changes += made + attach_bypasses_(model, plan.bypasses[number], made, bypass_values, undo)
     except BaseException:
         # Ctrl-C, too, must not leave a model of which some layers are cut and others are not.
         undo_(undo)
@@ -133,7 +130,7 @@ def _apply_stage(
     # Before anything is cut: standardised over fewer inputs, the same weights would give other kernels.
     changes = [c for name in sorted(owners) for c in _made_plain_(model, name, undo)]
     for name in sorted(owners | {c.attribute.rpartition(".")[0] for c, _ in counters}):
-        _remember(model.get_submodule(name), undo)
+        remember_(model.get_submodule(name), undo)
     changes += [c for name, by_dim in cuts.items() for c in _cut(model, name, by_dim, init, moments, undo)]
     for counter, g in counters:
         owner, _, attribute = counter.attribute.rpartition(".")
@@ -159,7 +156,7 @@ def _made_plain_(model: nn.Module, path: str, undo: Undo) -> list[TensorChange]:
     plain = module if kind is None else kind.plain(module)
     if plain is module:
         return []
-    _replace(model, path, plain, undo)
+    replace_(model, path, plain, undo)
     # Whoever trains the old weight must go on with the new one.
     return [TensorChange(f"{path}.weight", module.get_parameter("weight"), plain.get_parameter("weight"))]
 
@@ -180,24 +177,6 @@ def _cut(
     if out in parts and len(parts[out].factored) and any(name in g.ranks for _, g in by_dim[out]):
         return _implant(model, name, by_dim[out], parts, init, moments, undo)
     return [_resize(module, name, parts, init)]
-
-
-def _remember(module: nn.Module, undo: Undo) -> None:
-    """Record the attributes of a module, for :func:`undo_`."""
-    # Shallow, as tensors are replaced and never written to; but the dictionaries that hold them change in place.
-    state = dict(module.__dict__)
-    for key in CONTAINERS:
-        state[key] = dict(state[key])
-    undo.append((module, state))
-
-
-def _replace(model: nn.Module, path: str, new: nn.Module, undo: Undo) -> None:
-    """Put a new layer in the place of an old one, with its device hook, and record the parent."""
-    parent_path, _, leaf = path.rpartition(".")
-    parent = model.get_submodule(parent_path)
-    take_over_placement_(new, parent.get_submodule(leaf))
-    _remember(parent, undo)
-    setattr(parent, leaf, new)
 
 
 def _size(model: nn.Module, name: str, dim: int) -> int:
@@ -276,7 +255,7 @@ def _implant(
         implant.get_parameter(leaf).requires_grad_(old.requires_grad)
     if old.grad is not None:
         implant.weight.grad = _select(old.grad, index)
-    _replace(model, path, implant, undo)
+    replace_(model, path, implant, undo)
     changes = [TensorChange(name, old, implant.weight, index)]
     # Each behind the one before it, which is where an optimizer over the finished model would have it.
     for leaf in added:

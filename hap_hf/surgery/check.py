@@ -12,18 +12,21 @@ from hap_hf.layers.norms import group_counter, is_per_channel
 from hap_hf.layers.projection import has_implant, input_dim, is_grouped, is_projection, known, output_dim
 from hap_hf.model.change import TensorChange
 from hap_hf.names.actions import IMPLANT, KEEP, PRUNE
+from hap_hf.names.bypass import BypassPlan
 from hap_hf.names.counters import counted_by
 from hap_hf.names.group import Role
 from hap_hf.names.outcome import outcomes
 from hap_hf.names.plan import GroupPlan
+from hap_hf.surgery.bypass import bypass_problems
 
 
-def stage_problems(model: nn.Module, stage: Sequence[GroupPlan]) -> list[str]:
+def stage_problems(model: nn.Module, stage: Sequence[GroupPlan], bypasses: Sequence[BypassPlan] = ()) -> list[str]:
     """Return a sentence for everything that keeps ``stage`` from being applied to ``model``.
 
     Args:
         model: The model as the stages before left it.
         stage: One stage of a plan, from a source that need not be trusted.
+        bypasses: The bypasses that it puts beside blocks.
 
     Returns:
         The problems; empty where there are none.
@@ -37,6 +40,7 @@ def stage_problems(model: nn.Module, stage: Sequence[GroupPlan]) -> list[str]:
     }
     problems = [p for g in stage for p in _group_problems(g, modules, tensors)]
     problems += _counter_problems(stage, modules)
+    problems += bypass_problems(bypasses, modules)
     if not problems:
         problems += _overlaps(stage)
     if not problems:  # what follows may rely on names, shapes and ranges

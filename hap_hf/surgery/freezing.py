@@ -8,6 +8,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from hap_hf.errors import ConfigError
+from hap_hf.layers.bypass import Bypass
 from hap_hf.layers.projection import has_implant, implant_tensors
 
 
@@ -42,10 +43,11 @@ def train_only_implants_(
         if has_implant(module)
         for leaf in implant_tensors(module)
     }
+    trained |= {id(p) for module in model.modules() if isinstance(module, Bypass) for p in module.parameters()}
     if not trained:
         raise ConfigError(
             f"expected a model with implants to train alone, and this {type(model).__name__} has none; prune it with "
-            "implant_ratio above 0, or train all of it"
+            "implant_ratio above 0 or implants='auto', or train all of it"
         )
     trained |= {id(p) for p in _matching(model, checked_patterns(model, also))}
     names = []

@@ -201,7 +201,7 @@ def _missing_rounds(model: nn.Module, plan: PruningPlan, folder: Path) -> Prunin
             f"{len(done)} times and otherwise, which cannot be taken back; make a new Trainer around the checkpoint's: "
             f"{_loading(model, folder)}"
         )
-    return PruningPlan(plan.stages[len(done) :], plan.provenance[len(done) :])
+    return plan.since(len(done))
 
 
 def _loading(model: nn.Module, folder: Path) -> str:

@@ -204,7 +204,7 @@ stages = st.lists(json_values | st.fixed_dictionaries({"groups": json_values, "p
 
 
 @fuzz(200, seconds=10)
-@given(json_values | st.fixed_dictionaries({"format": st.sampled_from([1, 2]), "stages": stages}))
+@given(json_values | st.fixed_dictionaries({"format": st.sampled_from([1, 2, 3]), "stages": stages}))
 def test_any_json_is_read_or_refused(data):
     read(data)
 

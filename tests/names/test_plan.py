@@ -70,11 +70,11 @@ def test_a_plan_survives_json_unchanged():
     assert json.dumps(PruningPlan.from_dict(json.loads(text)).to_dict()) == text
 
 
-def test_a_plan_is_written_in_format_2_with_a_provenance_for_each_stage():
+def test_a_plan_is_written_in_format_3_with_a_provenance_for_each_stage():
     first, second = example(), PruningPlan(((GroupPlan(ffn_group("x", 4), "kkkp"),),), ({"round": 2},))
     written = first.then(second).to_dict()
-    assert written["format"] == 2
-    assert [set(stage) for stage in written["stages"]] == [{"groups", "provenance"}] * 2
+    assert written["format"] == 3
+    assert [set(stage) for stage in written["stages"]] == [{"groups", "bypasses", "provenance"}] * 2
     assert [stage["provenance"] for stage in written["stages"]] == [dict(first.provenance[0]), {"round": 2}]
     assert [[g["name"] for g in stage["groups"]] for stage in written["stages"]] == [
         ["layer.0:heads", "layer.0:ffn"],
@@ -93,10 +93,10 @@ def test_a_plan_of_format_1_is_read_and_its_provenance_goes_to_the_last_stage():
     assert PruningPlan.from_dict(plan.to_dict()) == plan
 
 
-@pytest.mark.parametrize("data", [{"format": 1, "stages": []}, {"format": 2, "stages": []}])
-def test_a_plan_without_stages_or_provenance_is_read(data):
-    assert PruningPlan.from_dict(data) == PruningPlan(())
-    data["stages"] = [[]] if data["format"] == 1 else [{"groups": []}]
+@pytest.mark.parametrize("version", [1, 2, 3])
+def test_a_plan_without_stages_or_provenance_is_read(version):
+    assert PruningPlan.from_dict({"format": version, "stages": []}) == PruningPlan(())
+    data = {"format": version, "stages": [[]] if version == 1 else [{"groups": []}]}
     assert PruningPlan.from_dict(data) == PruningPlan(((),), ({},))
 
 
@@ -229,7 +229,7 @@ HOSTILE = {
     "no dict": ([], "plan must be a dict, got list"),
     "nothing": (None, "plan must be a dict"),
     "no format": ({}, "plan.format must be a int, got NoneType"),
-    "newer": (changed("format", value=3), "format 3, this hap_hf reads up to 2; upgrade hap_hf"),
+    "newer": (changed("format", value=4), "format 4, this hap_hf reads up to 3; upgrade hap_hf"),
     "older": (changed("format", value=0), "plan.format must lie between 1 and"),
     "bool as format": (changed("format", value=True), "plan.format must be a int, got bool"),
     "huge format": (changed("format", value=10**5000), "plan.format must lie between .* over forty digits"),
