@@ -1,5 +1,6 @@
 """``hap-hf sweep``: what is left at which size, with one scoring."""
 
+import dataclasses
 from typing import Annotated
 
 import typer
@@ -11,8 +12,10 @@ from hap_hf.cli.pictures import draw_sweep
 from hap_hf.cli.setup import Given, set_up
 from hap_hf.cli.told import say, told
 from hap_hf.errors import ConfigError
+from hap_hf.page import write_page
 from hap_hf.report.tables import plain_text
 
+PAGE_FILE = "sweep.html"
 KEEPS = "0.9,0.8,0.7,0.6,0.5,0.4,0.3"
 
 
@@ -33,6 +36,9 @@ def sweep(
     max_batches: options.MaxBatches = 8,
     eval_samples: options.EvalSamples = 500,
     seed: options.Seed = 0,
+    html: Annotated[
+        bool, typer.Option("--html", help="Also write sweep.html: curves and heads with a slider, for a browser.")
+    ] = False,
     as_json: options.Json = False,
     *,
     settings: Settings,
@@ -45,9 +51,13 @@ def sweep(
     found = tradeoff.measure_tradeoff(
         setup.model, setup.batches, config, shares, evaluate=setup.judge, metric=setup.task.metric
     )
+    found = dataclasses.replace(found, subject=model)
     out.mkdir(parents=True, exist_ok=True)
     found.save(out / tradeoff.SWEEP_FILE)
     files = draw_sweep(found, out)
+    if html:
+        files.append(out / PAGE_FILE)
+        write_page(found, files[-1])
     say(as_json, found.to_dict(), "\n".join([table(found), *map(str, [out / tradeoff.SWEEP_FILE, *files])]))
 
 

@@ -1,7 +1,6 @@
 """A figure that notebooks show and that knows how to be saved."""
 
 import os
-import re
 from io import BytesIO
 from pathlib import Path
 
@@ -52,22 +51,3 @@ class Picture(Figure):
         buffer = BytesIO()
         self.savefig(buffer, format="png")
         return buffer.getvalue()
-
-
-def short_names(names: list[str]) -> list[str]:
-    """Return names of groups without what all of them begin with, as ``layer.3`` for ``bert.encoder.layer.3:heads``.
-
-    Args:
-        names: Names of groups of one kind.
-
-    Returns:
-        A short name for each.
-    """
-    bare = [name.partition(":")[0].split(".") for name in names]
-    shared = 0
-    while len(names) > 1 and all(len(b) > shared + 1 and b[shared] == bare[0][shared] for b in bare):
-        shared += 1
-    # Keep the word before a number, which says what is counted.
-    if shared and all(re.fullmatch(r"\d+", b[shared]) for b in bare):
-        shared -= 1
-    return [".".join(b[shared:]) for b in bare]

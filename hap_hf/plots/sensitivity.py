@@ -2,7 +2,8 @@
 
 from hap_hf.errors import ConfigError
 from hap_hf.names.group import Kind
-from hap_hf.plots.picture import DARK, LIGHT, MIDDLE, SMALL, TEXT, Picture, short_names
+from hap_hf.names.shortened import short_names
+from hap_hf.plots.picture import DARK, LIGHT, MIDDLE, SMALL, TEXT, Picture
 from hap_hf.report import PruningReport
 
 _SHOWN = 64

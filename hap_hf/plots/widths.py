@@ -4,7 +4,8 @@ from matplotlib.patches import Patch
 
 from hap_hf.errors import ConfigError
 from hap_hf.names.group import Kind
-from hap_hf.plots.picture import DARK, SMALL, TEXT, Picture, short_names
+from hap_hf.names.shortened import short_names
+from hap_hf.plots.picture import DARK, SMALL, TEXT, Picture
 from hap_hf.report import PruningReport
 
 _MOST = 60

@@ -98,13 +98,20 @@ def test_inspect_says_what_went_without_loading_weights(images, monkeypatch):
 def test_sweep_scores_once_and_leaves_the_model(images, tmp_path, monkeypatch):
     folder, _ = images
     before = (folder / "dense" / "model.safetensors").read_bytes()
-    words = ["--data", "digits", "--out", tmp_path, "--keep", "0.8,0.5", *QUICK]
+    words = ["--data", "digits", "--out", tmp_path, "--keep", "0.8,0.5", "--html", *QUICK]
     text = ran("sweep", folder / "dense", *words)
     found = Tradeoff.load(tmp_path / "sweep.json")
     assert [p.keep for p in found.points] == [1.0, 0.8, 0.5]
     assert [p.params for p in found.points] == sorted((p.params for p in found.points), reverse=True)
     assert "dense" in text
     assert (tmp_path / "sweep.png").is_file()
+    page = (tmp_path / "sweep.html").read_text(encoding="utf-8")
+    assert f"<h1>{found.subject}: accuracy" in page
+    heads = [g for g in found.groups if g.kind == "heads"]
+    assert [len(g.sensitivity) for g in heads] == [4, 4] == [len(g.error) for g in heads]
+    (tmp_path / "sweep.html").unlink()
+    assert "sweep.html" in ran("plot", tmp_path, "--html")
+    assert (tmp_path / "sweep.html").read_text(encoding="utf-8") == page
     assert (folder / "dense" / "model.safetensors").read_bytes() == before
 
 
@@ -131,6 +138,7 @@ def test_vanilla_needs_no_hap_hf(tmp_path):
         (["inspect", "{dense}"], "carries no plan of hap_hf"),
         (["inspect", "{root}"], "has no config.json"),
         (["vanilla", "{pruned}", "--out", "{root}/x"], "cannot hold implants"),
+        (["plot", "{pruned}", "--html"], "has no sweep.json; hap-hf sweep writes one"),
         (["plot", "{dense}"], "has neither pruning_report.json nor sweep.json"),
         (["prune", "./nothing", "--data", "digits", "--out", "{root}/x"], "there is no folder './nothing'"),
         (["prune", "{dense}", "--data", "nothing.csv", "--out", "{root}/x"], "there is no file 'nothing.csv'"),

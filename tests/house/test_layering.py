@@ -32,7 +32,7 @@ LAYERS = [
     {"pipeline"},
     {"planned", "floor"},
     {"tradeoff"},
-    {"plots"},
+    {"plots", "page"},
     {"card"},
     {"trainer", "export"},
     {"cli"},

@@ -9,7 +9,7 @@ from documented import bert, text_batches
 from PIL import Image
 
 from hap_hf import ConfigError, HapConfig, decide, plots
-from hap_hf.plots.picture import short_names
+from hap_hf.names.shortened import short_names
 from hap_hf.tradeoff import Tradeoff, TradeoffPoint
 
 

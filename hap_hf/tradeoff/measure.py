@@ -1,20 +1,18 @@
 """One scoring, many amounts: what accuracy is left at which size."""
 
 import copy
-import json
-import os
 import platform
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
-from typing import Any, Self
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
 
 from hap_hf.config import HapConfig
+from hap_hf.criteria import Scores
 from hap_hf.decision import Decision
 from hap_hf.errors import ConfigError
 from hap_hf.evidence.batches import Batch, call, move_to_model
@@ -23,119 +21,11 @@ from hap_hf.evidence.mean import mean_loss
 from hap_hf.model.state import preserved
 from hap_hf.names.actions import PRUNE, encode_actions
 from hap_hf.names.amount import Amount
+from hap_hf.names.group import Group, Kind
 from hap_hf.pipeline import carry_out_, decide, decide_again
+from hap_hf.tradeoff.values import LOSS, Tradeoff, TradeoffGroup, TradeoffPoint
 
-SWEEP_FILE = "sweep.json"
-LOSS = "loss"
 _REPEATS = 7
-
-
-@dataclass(frozen=True)
-class TradeoffPoint:
-    """One amount.
-
-    Args:
-        keep: Share of the prunable part that was asked for; 1 for the dense model.
-        params: Parameters of the whole model.
-        macs: Multiply-accumulates per sample.
-        loss: Mean loss on the batches.
-        value: The metric, or the loss where there is none.
-        milliseconds: Time of one batch, the shortest of several; None where it was not measured.
-        predicted: Sum of the sensitivities of the units that went; None for the dense model.
-        actions: What happens to the units of each group, one letter a unit with runs written short.
-    """
-
-    keep: float
-    params: int
-    macs: float
-    loss: float
-    value: float
-    milliseconds: float | None = None
-    predicted: float | None = None
-    actions: Mapping[str, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Tradeoff:
-    """What several amounts leave.
-
-    Args:
-        points: The dense model, then each amount.
-        metric: What ``value`` is.
-        higher_is_better: Whether a larger value is a better one.
-        counted_in: What the share is a share of, ``params`` or ``macs``.
-        machine: Where the time was measured.
-    """
-
-    points: tuple[TradeoffPoint, ...]
-    metric: str = LOSS
-    higher_is_better: bool = False
-    counted_in: str = "params"
-    machine: str = ""
-
-    @property
-    def dense(self) -> TradeoffPoint:
-        """The dense model."""
-        return self.points[0]
-
-    def chosen(self, tolerance: float = 0.02) -> TradeoffPoint | None:
-        """Return the smallest model that is nearly as good as the dense one.
-
-        Args:
-            tolerance: How much worse it may be, as a share of the dense model's value.
-
-        Returns:
-            The point, or None where all are worse.
-        """
-        room = tolerance * abs(self.dense.value)
-        sign = 1 if self.higher_is_better else -1
-        good = [p for p in self.points[1:] if sign * (self.dense.value - p.value) <= room]
-        return min(good, key=lambda p: (p.params, p.macs), default=None)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return everything as JSON values."""
-        return {"format": 1, **asdict(self)}
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Return the sweep that ``to_dict`` described.
-
-        Args:
-            values: Parsed JSON.
-
-        Returns:
-            The sweep.
-
-        Raises:
-            ConfigError: If it is none.
-        """
-        try:
-            given = {name: value for name, value in values.items() if name not in {"format", "points"}}
-            if values["format"] != 1:
-                raise ConfigError(f"expected a sweep of format 1, got {values['format']!r}; upgrade hap_hf")
-            return cls(tuple(TradeoffPoint(**p) for p in values["points"]), **given)
-        except (KeyError, TypeError, AttributeError) as error:
-            raise ConfigError(f"expected the values of a sweep, got some without {error}; read {SWEEP_FILE}") from error
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write it as JSON.
-
-        Args:
-            path: The file.
-        """
-        Path(path).write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Self:
-        """Return the sweep that :meth:`save` wrote.
-
-        Args:
-            path: The file.
-
-        Returns:
-            The sweep.
-        """
-        return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
 
 
 def measure_tradeoff(
@@ -199,11 +89,19 @@ def measure_tradeoff(
             point = replace(point, milliseconds=own)
         points.append(point)
     points.insert(0, replace(first, milliseconds=min(dense_times)) if timed else first)
+    groups = tuple(_scored(group, decision.scores) for group in decision.discovery.groups)
     counted_in = config.asked.what.name
-    machine = f"{platform.machine()}, {torch.get_num_threads()} threads" if timed else ""
+    machine = f"{platform.machine()}, threads: {torch.get_num_threads()}" if timed else ""
     if evaluate:
-        return Tradeoff(tuple(points), metric, True, counted_in, machine)
-    return Tradeoff(tuple(points), LOSS, False, counted_in, machine)
+        return Tradeoff(tuple(points), metric, True, counted_in, machine, groups)
+    return Tradeoff(tuple(points), LOSS, False, counted_in, machine, groups)
+
+
+def _scored(group: Group, scores: Scores) -> TradeoffGroup:
+    """Return a group with the sensitivities of its units, where they are heads."""
+    known = group.kind is Kind.HEADS and group.name in scores.sensitivity
+    values = [tuple(s[group.name].tolist()) if known else () for s in (scores.sensitivity, scores.standard_error)]
+    return TradeoffGroup(group.name, group.kind.value, group.num_units, *values)
 
 
 def _asking(config: HapConfig, keep: float) -> HapConfig:
