@@ -31,6 +31,7 @@ code's own words; `HapConfig.help()` returns the same texts.
 | keep half of the prunable multiply-accumulates | `HapConfig(target_macs=0.5)` |
 | remove 30% of the heads, neurons and channels | `HapConfig(prune_ratio=0.3)` |
 | prune neurons only, or heads only | `kinds="ffn"`, `kinds="heads"` |
+| prune the last two of twelve layers only | `include=["*layer.10.*", "*layer.11.*"]` |
 | leave the first two layers alone | `exclude=["*layer.0.*", "*layer.1.*"]` |
 | keep more of one part, or of one kind | `target_params=0.5, parts={"vision*": 0.8, "heads": 0.7}` |
 | have [equally wide layers](checkpoints-and-the-hub.md#plain-checkpoints) | `target_params=0.5, equal_widths=True` |
@@ -49,15 +50,15 @@ Settings that contradict each other, or that nothing would read, are errors when
 
 SECTIONS = {
     "How much": ("prune_ratio", "target_params", "target_macs", "amount", "parts"),
-    "Of what": ("kinds", "exclude", "max_group_ratio", "round_to", "shards", "equal_widths"),
+    "Of what": ("kinds", "include", "exclude", "max_group_ratio", "round_to", "shards", "equal_widths"),
     "How it is scored": ("method", "num_passes", "per_cost", "compensate"),
     "What stands in for units": ("implant_ratio", "implant_cost", "implant_init"),
     "What it is measured on": ("max_batches", "precision", "seed", "recalibrate", "progress"),
 }
 
 NOTES = {
-    "How much": """Exactly one of the first four. All are shares of the prunable part: of the groups that `kinds` and
-`exclude` leave. **`prune_ratio` says what goes; the others say what stays.**""",
+    "How much": """Exactly one of the first four. All are shares of the prunable part: of the groups that `kinds`,
+`include` and `exclude` leave. **`prune_ratio` says what goes; the others say what stays.**""",
     "Of what": """A group is named after the module that holds it and its kind, as in `bert.encoder.layer.0:ffn`.
 `hap_hf.find_groups(model, batch)` lists them.""",
 }

@@ -1,6 +1,5 @@
 """Every choice a user can make, checked when it is made."""
 
-import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Self
@@ -17,10 +16,9 @@ from hap_hf.names.amount import Amount
 from hap_hf.names.checks import at_least, boolean, member, plain_json, share, shares, strings
 from hap_hf.names.currencies import Currency, Macs, Params, Units
 from hap_hf.names.group import Group, Kind
+from hap_hf.names.written import known_settings
 from hap_hf.surgery import ImplantInit
-from hap_hf.version import __version__, is_newer
-
-logger = logging.getLogger(__name__)
+from hap_hf.version import __version__
 
 _AMOUNTS = ("prune_ratio", "target_params", "target_macs", "amount")
 
@@ -65,6 +63,9 @@ class HapConfig:
     shards: int = _setting(1, "Surviving numbers of all units are a multiple of this, as tensor parallelism needs.")
     equal_widths: bool = _setting(False, "Cut the same share of each group, so that layers of one size stay alike.")
     kinds: tuple[Kind, ...] = _setting(tuple(Kind), "Which kinds of units to touch: heads, ffn, channels.")
+    include: tuple[str, ...] = _setting(
+        (), "Glob patterns; only groups whose name, or one of whose tensors' names, matches one are touched."
+    )
     exclude: tuple[str, ...] = _setting(
         (), "Glob patterns; groups whose name, or one of whose tensors' names, matches stay whole."
     )
@@ -122,7 +123,8 @@ class HapConfig:
         """
         # Names become members first, so that all checks below, and all that reads a config, meets only these.
         self._set("kinds", tuple(member(Kind, "kinds", k) for k in strings("kinds", self.kinds)))
-        self._set("exclude", strings("exclude", self.exclude))
+        for name in ("include", "exclude"):
+            self._set(name, strings(name, getattr(self, name)))
         self._set("method", criterion_of(self.method))
         self._set("precision", member(Precision, "precision", self.precision))
         self._set("implant_init", member(ImplantInit, "implant_init", self.implant_init))
@@ -218,8 +220,9 @@ class HapConfig:
         return self.compensates if self.reconstruct is None else self.reconstruct
 
     def selects(self, group: Group) -> bool:
-        """Return whether units of ``group`` may go: it is of a wanted kind, and no pattern excludes it."""
-        return group.kind in self.kinds and not any(group.matches(pattern) for pattern in self.exclude)
+        """Return whether units of ``group`` may go: of a wanted kind, included if any are, and not excluded."""
+        included = not self.include or any(group.matches(pattern) for pattern in self.include)
+        return group.kind in self.kinds and included and not any(group.matches(pattern) for pattern in self.exclude)
 
     def evidence(
         self,
@@ -275,20 +278,7 @@ class HapConfig:
         Raises:
             ConfigError: If ``values`` is no mapping, a name is unknown or a value is out of range.
         """
-        if not isinstance(values, Mapping):
-            raise ConfigError(f"settings must be a mapping of names to values, got {type(values).__name__}")
-        known = {f.name for f in fields(cls)}
-        written_by = values.get("hap_hf")
-        unknown = sorted(set(values) - known - {"hap_hf"}, key=str)
-        # What a newer version has more of may be left out; written by this one or by hand, an unknown name is a slip.
-        if unknown and isinstance(written_by, str) and is_newer(written_by):
-            logger.warning(
-                "hap_hf %s wrote settings %s that this one, %s, does not know", written_by, unknown, __version__
-            )
-            unknown = []
-        if unknown:
-            raise ConfigError(f"unknown settings {unknown}{hint_at(str(unknown[0]), known)}; known are {sorted(known)}")
-        settings = {name: value for name, value in values.items() if name in known}
+        settings = known_settings(values, {f.name for f in fields(cls)}, hint_at)
         if isinstance(settings.get("amount"), Mapping):
             settings["amount"] = Amount.from_dict(settings["amount"])
         return cls(**settings)

@@ -14,6 +14,7 @@ from hap_hf.names.currencies import floor_share
 from hap_hf.names.group import Group, Role
 from hap_hf.names.plan import GroupPlan, PruningPlan
 from hap_hf.selection.budget import Budget, meet_budget
+from hap_hf.selection.members import portions, select_groups
 from hap_hf.selection.ranking import Ranking, Split, implants
 
 logger = logging.getLogger(__name__)
@@ -74,34 +75,6 @@ def choose(groups: Sequence[Group], scores: Scores, config: HapConfig, done: flo
     return Choice(stage, max(c.threshold for c in choices), notes)
 
 
-def portions(groups: Sequence[Group], config: HapConfig) -> list[tuple[str, Amount, list[Group]]]:
-    """Return which groups compete with each other, and how much of them is to be left.
-
-    Args:
-        groups: The groups that are selected.
-        config: Settings; ``parts`` says what has a share of its own.
-
-    Returns:
-        The pattern, empty for the rest, the amount and the groups; without those that are to stay whole.
-
-    Raises:
-        ConfigError: If a pattern matches no group.
-    """
-    members: dict[str, list[Group]] = {key: [] for key in config.parts or {}}
-    fits = {key: [g.kind == key or g.matches(key) for g in groups] for key in members}
-    unmatched = [key for key, found in fits.items() if not any(found)]
-    if unmatched:
-        raise ConfigError(
-            f"parts {unmatched} match no kind, no group and no tensor of one; groups are "
-            f"{[g.name for g in groups[:3]]}{' and so on' if len(groups) > 3 else ''}"
-        )
-    rest: list[Group] = []
-    for index, group in enumerate(groups):
-        members.get(next((key for key, found in fits.items() if found[index]), ""), rest).append(group)
-    asked = [("", config.asked, rest), *((k, config.asked_of((config.parts or {})[k]), m) for k, m in members.items())]
-    return [(key, amount, found) for key, amount, found in asked if amount is not None and found]
-
-
 def _choose(groups: Sequence[Group], scores: Scores, config: HapConfig, wanted: Amount) -> Choice | str:
     """Decide which units of groups go that compete with each other."""
     ranking = Ranking.of(groups, scores, config)
@@ -148,44 +121,6 @@ def make_plan(groups: Sequence[Group], scores: Scores, config: HapConfig) -> Pru
         raise ConfigError(choice)
     choice.log()
     return PruningPlan((choice.stage,), (provenance(scores, config, choice.threshold),))
-
-
-def select_groups(groups: Sequence[Group], config: HapConfig) -> tuple[Group, ...]:
-    """Return the groups that ``config`` lets be pruned.
-
-    Args:
-        groups: All groups of a model.
-        config: Settings; ``kinds`` and ``exclude`` are used.
-
-    Returns:
-        The groups of the wanted kinds that no pattern excludes, in the same order.
-
-    Raises:
-        ConfigError: If none is left, a pattern matches no group, or two groups have the same name.
-    """
-    names = [g.name for g in groups]
-    if len(set(names)) < len(names):
-        raise ConfigError(f"group names must be unique, got {sorted({n for n in names if names.count(n) > 1})} twice")
-    unmatched = [p for p in config.exclude if not any(g.matches(p) for g in groups)]
-    if unmatched:
-        raise ConfigError(
-            f"exclude patterns {unmatched} match no group and no tensor of one; groups are {names[:3]}"
-            f"{' and so on' if len(names) > 3 else ''}, and * stands for any characters"
-        )
-    wanted = [g for g in groups if g.kind in config.kinds]
-    left = tuple(g for g in wanted if not any(g.matches(p) for p in config.exclude))
-    if not left:
-        kinds = [k.value for k in config.kinds]
-        found = sorted({g.kind.value for g in groups})
-        reason = (
-            f"exclude={list(config.exclude)} leaves none of {len(wanted)} groups of the kinds {kinds}"
-            if wanted
-            else f"there are no groups of the kinds {kinds}, only {found}"
-            if groups
-            else "there are no groups"
-        )
-        raise ConfigError(f"the plan would change nothing: {reason}")
-    return left
 
 
 def check_takes_implants(groups: Sequence[Group], config: HapConfig) -> None:

@@ -22,7 +22,8 @@ from hap_hf.names.actions import PRUNE
 from hap_hf.names.group import Group
 from hap_hf.names.plan import GroupPlan
 from hap_hf.selection.door import at_the_door
-from hap_hf.selection.make import choose, select_groups
+from hap_hf.selection.make import choose
+from hap_hf.selection.members import select_groups
 
 logger = logging.getLogger(__name__)
 

@@ -10,7 +10,8 @@ from trainings import tiny_bert
 
 from hap_hf import ConfigError, HapConfig, HessianPruner, make_plan, plan_of, prune
 from hap_hf.names.outcome import footprint, whole
-from hap_hf.selection.make import choose, portions
+from hap_hf.selection.make import choose
+from hap_hf.selection.members import portions
 
 pytestmark = pytest.mark.fast
 
