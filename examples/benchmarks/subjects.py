@@ -10,13 +10,14 @@ from typing import Any
 
 import torch
 from material import Batch, Material, MaterialArguments, images, texts
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset
 from transformers import (
     AutoModelForImageClassification,
     AutoModelForSequenceClassification,
     HfArgumentParser,
     PreTrainedModel,
     Trainer,
+    TrainerCallback,
     TrainingArguments,
     set_seed,
 )
@@ -46,6 +47,7 @@ class Subject:
         material: Where they come from.
         args: The Trainer's arguments.
         on_images: Whether it is an image classifier of timm; else one of texts.
+        held_out: Batches of training data that nothing here was trained on.
     """
 
     model: PreTrainedModel
@@ -53,6 +55,7 @@ class Subject:
     material: Material
     args: TrainingArguments
     on_images: bool
+    held_out: Sequence[Batch] = ()
 
     def accuracy(self, model: PreTrainedModel) -> float:
         """Return the share of right answers of a model on the evaluation data.
@@ -74,26 +77,31 @@ class Subject:
         model.train(was_training)
         return right / len(material.evaluation)
 
-    def fine_tune_(self, model: PreTrainedModel, **changes: Any) -> None:
+    def fine_tune_(self, model: PreTrainedModel, callbacks: Sequence[TrainerCallback] = (), **changes: Any) -> None:
         """Train a model in place.
 
         Args:
             model: The model.
+            callbacks: What the Trainer calls besides.
             **changes: Arguments of the Trainer that are others than those of the dense training.
         """
-        fine_tune_(model, self.material, dataclasses.replace(self.args, **changes))
+        fine_tune_(model, self.material, dataclasses.replace(self.args, **changes), callbacks)
 
 
-def fine_tune_(model: PreTrainedModel, material: Material, args: TrainingArguments) -> None:
+def fine_tune_(
+    model: PreTrainedModel, material: Material, args: TrainingArguments, callbacks: Sequence[TrainerCallback] = ()
+) -> None:
     """Train a model in place.
 
     Args:
         model: The model.
         material: What it learns from.
         args: The Trainer's arguments; nothing happens where they ask for no epochs.
+        callbacks: What the Trainer calls besides.
     """
     if args.num_train_epochs > 0:
-        Trainer(model, args, train_dataset=material.train, data_collator=material.collate_training).train()
+        collate = material.collate_training
+        Trainer(model, args, train_dataset=material.train, data_collator=collate, callbacks=[*callbacks]).train()
         model.__dict__.pop("forward", None)  # accelerate leaves its autocast around it
 
 
@@ -125,7 +133,7 @@ def parse(flags: Sequence[str], folder: Path, seed: int, *, on_images: bool) -> 
     return own, args, rest.max_batches
 
 
-def make_subject(flags: Sequence[str], folder: Path, seed: int, *, on_images: bool) -> Subject:
+def make_subject(flags: Sequence[str], folder: Path, seed: int, *, on_images: bool, num_held_out: int = 0) -> Subject:
     """Train a classifier, or read back the one of an earlier run.
 
     Args:
@@ -133,6 +141,7 @@ def make_subject(flags: Sequence[str], folder: Path, seed: int, *, on_images: bo
         folder: Where the dense model is kept.
         seed: Seed of the training and of the batches.
         on_images: Whether it classifies images.
+        num_held_out: So many of the training samples, the last ones, are not trained on.
 
     Returns:
         The subject.
@@ -140,6 +149,10 @@ def make_subject(flags: Sequence[str], folder: Path, seed: int, *, on_images: bo
     own, args, max_batches = parse(flags, folder, seed, on_images=on_images)
     set_seed(seed)
     material = images(own) if on_images else texts(own)
+    rest = len(material.train) - num_held_out
+    held_out = Subset(material.train, range(rest, len(material.train)))
+    if num_held_out:
+        material = dataclasses.replace(material, train=Subset(material.train, range(rest)))
     if not (folder / "config.json").is_file():
         fine_tune_(material.model, material, args)
         material.model.save_pretrained(folder)
@@ -149,4 +162,6 @@ def make_subject(flags: Sequence[str], folder: Path, seed: int, *, on_images: bo
     loader = DataLoader(
         material.train, args.per_device_train_batch_size, shuffle=True, collate_fn=material.collate_training
     )
-    return Subject(model, [dict(batch) for batch in islice(loader, max_batches)], material, args, on_images)
+    batches = [dict(batch) for batch in islice(loader, max_batches)]
+    kept = DataLoader(held_out, args.per_device_train_batch_size, collate_fn=material.collate)
+    return Subject(model, batches, material, args, on_images, [dict(batch) for batch in kept])

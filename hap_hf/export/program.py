@@ -22,9 +22,10 @@ class Logits(nn.Module):
     def __init__(self, model: nn.Module, names: tuple[str, ...]) -> None:
         super().__init__()
         self.model, self.names = model, names
-        # A cache would be an output of another shape at each call.
-        config = getattr(model, "config", None)
-        self.settings = {"use_cache": False} if hasattr(config, "use_cache") else {}
+        # A cache would be an output of another shape at each call. Whether a model has one says the class of its
+        # config: the Trainer writes the setting into the config of every model.
+        known = inspect.signature(type(getattr(model, "config", None))).parameters if hasattr(model, "config") else {}
+        self.settings = {"use_cache": False} if "use_cache" in known else {}
 
     def forward(self, *inputs: Tensor) -> Tensor:
         """Return the logits.

@@ -6,6 +6,7 @@ import pytest
 import torch
 from checkpoints import pruned, single
 from torch import nn
+from transformers import TimmWrapperConfig, TimmWrapperForImageClassification
 
 import hap_hf
 from hap_hf import BitConfig, ConfigError, ExportError, UnsupportedModelError, quantize_
@@ -118,6 +119,15 @@ def test_rounding_as_ordinary_arithmetic(rounding, tmp_path):
         assert "QuantizeLinear" not in operators(path)
 
 
+def test_a_model_of_images_is_exported_after_a_training(tmp_path):
+    model = TimmWrapperForImageClassification(TimmWrapperConfig(architecture="test_resnet", num_labels=3)).eval()
+    model.config.use_cache = False  # the Trainer writes it into every config, also of models that have no cache
+    batch = {"pixel_values": torch.randn(2, 3, 32, 32)}
+    path = hap_hf.export(model, batch, tmp_path / "model.onnx")
+    with torch.no_grad():
+        torch.testing.assert_close(logits_of(session(path), batch), model(**batch).logits, rtol=1e-4, atol=1e-5)
+
+
 class Residual(nn.Module):
     def __init__(self):
         super().__init__()
@@ -191,7 +201,7 @@ def test_what_cannot_be_exported_is_refused_and_no_file_is_left(bert, tmp_path, 
     with pytest.raises(ExportError):
         hap_hf.export(Length(), {"x": torch.ones(2, 2)}, target, "pt2")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"pip install hap_hf\[export\]"):
+    with pytest.raises(ConfigError, match=r'pip install "hap_hf\[export\]"'):
         hap_hf.export(model, batch, target)
     assert not list(tmp_path.iterdir())
     assert not model.training
