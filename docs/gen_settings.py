@@ -17,6 +17,7 @@ from typing import Any
 
 from hap_hf import Criterion, Distill, GrowingReg, HapConfig, HessianPruner, known_criteria
 from hap_hf.names.group import Kind
+from hap_hf.names.targets import AMOUNTS
 
 PAGE = Path(__file__).with_name("settings.md")
 
@@ -29,6 +30,7 @@ code's own words; `HapConfig.help()` returns the same texts.
 |---|---|
 | keep half of the prunable parameters | `HapConfig(target_params=0.5)` |
 | keep half of the prunable multiply-accumulates | `HapConfig(target_macs=0.5)` |
+| keep half of all parameters, embeddings included | `HapConfig(target_model_params=0.5)` |
 | remove 30% of the heads, neurons and channels | `HapConfig(prune_ratio=0.3)` |
 | prune neurons only, or heads only | `kinds="ffn"`, `kinds="heads"` |
 | prune the last two of twelve layers only | `include=["*layer.10.*", "*layer.11.*"]` |
@@ -49,7 +51,7 @@ Settings that contradict each other, or that nothing would read, are errors when
 """
 
 SECTIONS = {
-    "How much": ("prune_ratio", "target_params", "target_macs", "amount", "parts"),
+    "How much": (*AMOUNTS, "parts"),
     "Of what": ("kinds", "include", "exclude", "max_group_ratio", "round_to", "shards", "equal_widths"),
     "How it is scored": ("method", "num_passes", "per_cost", "compensate"),
     "What stands in for units": ("implant_ratio", "implant_cost", "implant_init"),
@@ -57,8 +59,9 @@ SECTIONS = {
 }
 
 NOTES = {
-    "How much": """Exactly one of the first four. All are shares of the prunable part: of the groups that `kinds`,
-`include` and `exclude` leave. **`prune_ratio` says what goes; the others say what stays.**""",
+    "How much": """Exactly one of these, beside `parts`. `target_model_params` and `target_model_macs` are shares of the
+whole model, and all others of the prunable part: of the groups that `kinds`, `include` and `exclude` leave.
+**`prune_ratio` says what goes; the others say what stays.**""",
     "Of what": """A group is named after the module that holds it and its kind, as in `bert.encoder.layer.0:ffn`.
 `hap_hf.find_groups(model, batch)` lists them.""",
 }

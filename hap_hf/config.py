@@ -1,7 +1,7 @@
 """Every choice a user can make, checked when it is made."""
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, Self
 
 from torch import nn
@@ -13,14 +13,14 @@ from hap_hf.evidence.losses import LossFunction
 from hap_hf.evidence.precision import Precision
 from hap_hf.evidence.processes import ALONE, Processes
 from hap_hf.names.amount import Amount
-from hap_hf.names.checks import at_least, boolean, member, plain_json, share, shares, strings
-from hap_hf.names.currencies import Currency, Macs, Params, Units
+from hap_hf.names.checks import at_least, boolean, member, plain_json, seed, share, shares, strings
+from hap_hf.names.currencies import Currency, Params, Units
 from hap_hf.names.group import Group, Kind
+from hap_hf.names.outcome import Footprint
+from hap_hf.names.targets import AMOUNTS, amount_of
 from hap_hf.names.written import known_settings
 from hap_hf.surgery import ImplantInit
 from hap_hf.version import __version__
-
-_AMOUNTS = ("prune_ratio", "target_params", "target_macs", "amount")
 
 
 def _setting(default: Any, help: str) -> Any:
@@ -31,7 +31,7 @@ def _setting(default: Any, help: str) -> Any:
 class HapConfig:
     """What to remove, how to score it and what to put in its place.
 
-    Exactly one of ``prune_ratio``, ``target_params``, ``target_macs`` and ``amount`` says how much. With N units in
+    Exactly one of the settings in ``AMOUNTS`` says how much. With N units in
     all, the ``prune_ratio`` r of them with the lowest sensitivity are cut; of the cut ones the ``implant_ratio`` q with
     the highest sensitivity become implants and the rest is removed. So 1 - r is kept, q r implanted and (1 - q) r
     removed, as in the reference code of Yu et al., "Hessian-Aware Pruning and Optimal Neural Implant", WACV 2022.
@@ -50,6 +50,12 @@ class HapConfig:
     prune_ratio: float | None = _setting(None, "Share of all units below the threshold, in [0, 1).")
     target_params: float | None = _setting(None, "Share of the prunable parameters to keep, in (0, 1).")
     target_macs: float | None = _setting(None, "Share of the prunable multiply-accumulates to keep, in (0, 1).")
+    target_model_params: float | None = _setting(
+        None, "Share of all parameters of the model to keep, embeddings included, in (0, 1)."
+    )
+    target_model_macs: float | None = _setting(
+        None, "Share of all multiply-accumulates of the model to keep, in (0, 1)."
+    )
     amount: Amount | None = _setting(None, "An amount in any other currency, such as Amount('params', 0.5).")
     parts: Mapping[str, float] | None = _setting(
         None,
@@ -128,43 +134,28 @@ class HapConfig:
         self._set("method", criterion_of(self.method))
         self._set("precision", member(Precision, "precision", self.precision))
         self._set("implant_init", member(ImplantInit, "implant_init", self.implant_init))
-        if self.prune_ratio is not None:
-            share("prune_ratio", self.prune_ratio, "[0, 1)")
-        for name in ("target_params", "target_macs"):
-            if getattr(self, name) is not None:
-                share(name, getattr(self, name))
         share("implant_ratio", self.implant_ratio, "[0, 1]")
         share("max_group_ratio", self.max_group_ratio, "(0, 1]")
         share("implant_cost", self.implant_cost)
-        at_least("round_to", self.round_to, 1)
-        at_least("shards", self.shards, 1)
-        for name in ("num_passes", "max_batches"):
-            if getattr(self, name) is not None:
-                at_least(name, getattr(self, name), 1)
-        at_least("seed", self.seed, 0)
-        if self.seed >= 2**63:
-            raise ConfigError(f"seed must be below 2**63, the largest that torch.Generator takes, got {self.seed!r}")
-        for name in ("per_cost", "compensate", "reconstruct"):
-            boolean(name, getattr(self, name), none=True)
-        for name in ("recalibrate", "progress", "equal_widths"):
-            boolean(name, getattr(self, name))
+        for name in ("round_to", "shards", "num_passes", "max_batches"):
+            at_least(name, getattr(self, name), 1, none=name in {"num_passes", "max_batches"})
+        seed("seed", self.seed)
+        for name in ("per_cost", "compensate", "reconstruct", "recalibrate", "progress", "equal_widths"):
+            boolean(name, getattr(self, name), none=name in {"per_cost", "compensate", "reconstruct"})
         if not self.kinds:
             raise ConfigError(f"kinds is empty: nothing could be removed; choose from {[k.value for k in Kind]}")
         self._check_together()
 
     def _check_together(self) -> None:
         """Check what no value can say alone: one amount, and no setting that nothing would read."""
-        amounts = {name: getattr(self, name) for name in _AMOUNTS if getattr(self, name) is not None}
-        # First of all, as `asked` and what follows from it rely on there being one.
-        if len(amounts) != 1:
-            raise ConfigError(
-                "expected exactly one of prune_ratio, target_params, target_macs and amount, "
-                f"got {amounts if amounts else 'none'}; for example HapConfig(prune_ratio=0.5)"
-            )
-        if self.amount is not None and not isinstance(self.amount, Amount):
-            raise ConfigError(f"amount must be an Amount, got {self.amount!r}; for example Amount('params', 0.5)")
+        asked = self.asked  # first of all, as what follows relies on there being one amount
         self._set("parts", shares("parts", self.parts, "(0, 1]" if self.prune_ratio is None else "[0, 1)"))
-        if self.per_cost and isinstance(self.asked.what, Units):
+        if self.parts and asked.what.part != Params.part:
+            raise ConfigError(
+                f"parts are shares of what can be pruned, and {asked} is one of the whole model; ask for "
+                "target_params or target_macs beside them"
+            )
+        if self.per_cost and isinstance(asked.what, Units):
             raise ConfigError("per_cost=True needs a budget to count costs by, got prune_ratio; ask for target_params")
         if self.num_passes is not None and self.num_passes > 1 and not self.criterion.needs_batches:
             raise ConfigError(
@@ -183,14 +174,37 @@ class HapConfig:
     @property
     def asked(self) -> Amount:
         """How much is to be left."""
-        if self.amount is not None:
-            return self.amount
-        if self.prune_ratio is not None:
-            return Amount(Units(), 1 - self.prune_ratio)
-        if self.target_params is not None:
-            return Amount(Params(), self.target_params)
-        # Exactly one is set, so that it is this one; 1.0 is for type checkers.
-        return Amount(Macs(), self.target_macs if self.target_macs is not None else 1.0)
+        return amount_of(vars(self))
+
+    def with_amount(self, amount: Amount, **settings: Any) -> Self:
+        """Return the same settings with another amount in place of theirs.
+
+        Args:
+            amount: How much is to be left.
+            **settings: Other settings to change.
+
+        Returns:
+            The config.
+        """
+        changed: dict[str, Any] = {**dict.fromkeys(AMOUNTS), "amount": amount, **settings}
+        return replace(self, **changed)
+
+    def in_model(self, groups: Sequence[Group], size: Any) -> Self:
+        """Return the settings for one model, where their amount counts all of it; the same for others.
+
+        Args:
+            groups: The groups of the model.
+            size: What :func:`~hap_hf.measure_size` says of the model.
+
+        Returns:
+            The config.
+
+        Raises:
+            ConfigError: If what can never be removed is more than is to be left.
+        """
+        chosen = [g for g in groups if self.selects(g)]
+        amount = self.asked.in_model(chosen, Footprint(size.params, size.macs))
+        return self if amount == self.asked else self.with_amount(amount)
 
     def asked_of(self, value: float) -> Amount | None:
         """Return the amount that a share of ``parts`` asks for, meant as the config's; None where all is to stay."""
@@ -205,7 +219,7 @@ class HapConfig:
     @property
     def per(self) -> Currency | None:
         """What sensitivities are divided by before units are compared; None for nothing."""
-        # None is "as the criterion says", here and below, so that a method brings what it was published with.
+        # None is "as the criterion says", here and below.
         wanted = self.criterion.per_cost if self.per_cost is None else self.per_cost
         return self.asked.what if wanted and not isinstance(self.asked.what, Units) else None
 
@@ -261,7 +275,8 @@ class HapConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the settings as plain JSON values, with the version that wrote them."""
-        plain = {f.name: _plain(getattr(self, f.name)) for f in fields(self)}
+        own = {f.name: getattr(self, f.name) for f in fields(self)}
+        plain = {n: v.to_dict() if isinstance(v, (Criterion, Amount)) else plain_json(v) for n, v in own.items()}
         return {"hap_hf": __version__, **plain}
 
     @classmethod
@@ -282,9 +297,3 @@ class HapConfig:
         if isinstance(settings.get("amount"), Mapping):
             settings["amount"] = Amount.from_dict(settings["amount"])
         return cls(**settings)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, (Criterion, Amount)):
-        return value.to_dict()
-    return plain_json(value)

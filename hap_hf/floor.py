@@ -4,7 +4,7 @@ import copy
 import logging
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
@@ -94,11 +94,10 @@ def prune_to_floor(
     decision = decide(evidence, config)
     best: tuple[Decision, float] | None = None
     low, high, keep = least, 1.0, least
-    unset: dict[str, Any] = {"prune_ratio": None, "target_params": None, "target_macs": None}
     while len(tried) < num_trials and high > least:
         if tried:
             keep = (low + high) / 2
-            decision = decide_again(decision, replace(config, amount=Amount(what, keep), **unset))
+            decision = decide_again(decision, config.with_amount(Amount(what, keep)))
         trial = copy.deepcopy(model)
         carry_out_(trial, decision)
         score = _score(evaluate, trial)

@@ -22,12 +22,11 @@ from hap_hf.evidence.mean import mean_loss
 from hap_hf.evidence.memory import in_batches_that_fit
 from hap_hf.evidence.progress import job
 from hap_hf.model.rollback import undone_on_error
-from hap_hf.names.outcome import whole
 from hap_hf.reconstruction import Repair
-from hap_hf.report import Clock, PruningReport, measure_size
+from hap_hf.report import Clock, PruningReport
 from hap_hf.report.last import note_report
-from hap_hf.selection import Round, at_the_door, config_of_round, measure_and_score, score_in_passes, select_groups
-from hap_hf.selection.make import check_takes_implants, choose
+from hap_hf.selection import Round, at_the_door, measure_and_score, score_in_passes, select_groups
+from hap_hf.selection.make import choose
 from hap_hf.selection.passes import num_parts
 
 logger = logging.getLogger(__name__)
@@ -123,16 +122,10 @@ def decide(evidence: Evidence, config: HapConfig, place: Round | None = None) ->
 def _decided(evidence: Evidence, config: HapConfig, place: Round) -> Decision:
     """Return the decision; see :func:`decide`."""
     model, clock = evidence.model, Clock()
-    evidence, config, found, chosen = admitted(evidence, config, clock)
+    ready = admitted(evidence, config, place, clock)
+    evidence, config, found, chosen = ready.evidence, ready.config, ready.found, ready.chosen
     for entry in found.missing(config.kinds):
         logger.warning("no %s can be removed, left whole are %s", entry.kind, entry)
-    # What a round asks for is relative to what there is at its beginning, as rounds before did not meet theirs exactly.
-    now = config.asked.what.cost(whole(chosen))
-    place = replace(place, start=now if place.start is None else place.start)
-    config = config_of_round(config, place, now)
-    check_takes_implants(chosen, config)
-    before = measure_size(model, evidence.example)
-    clock.lap("discovery")
     # Other criteria may be given batches without labels.
     loss = loss_of_trained(evidence) if config.criterion.needs_batches else None
     clock.lap("loss")
@@ -146,7 +139,9 @@ def _decided(evidence: Evidence, config: HapConfig, place: Round) -> Decision:
     )
     clock.lap("scoring")
     scored = stamps_of(model, dict.fromkeys(s.tensor for g in chosen for s in g.slices))
-    draft = Decision(evidence, config, found, scores, (), 0.0, {}, {}, before, place, scored=scored, loss=loss)
+    draft = Decision(
+        evidence, config, found, scores, (), 0.0, {}, {}, ready.size, ready.place, scored=scored, loss=loss
+    )
     return _with_choice(replace(draft, compensation=compensation), config, clock)
 
 
@@ -182,6 +177,7 @@ def decide_again(decision: Decision, config: HapConfig) -> Decision:
     wanted = {g.name for g in select_groups(decision.discovery.groups, config)}
     if not wanted <= set(decision.scores.sensitivity):
         raise ConfigError("the settings select groups that were not scored; decide(evidence, config) scores anew")
+    config = config.in_model(decision.discovery.groups, decision.before)
     return _with_choice(replace(decision, config=config), config, Clock())
 
 

@@ -10,6 +10,7 @@ import typer
 
 from hap_hf.arguments import config_of, pruning_arguments
 from hap_hf.config import HapConfig
+from hap_hf.names.targets import AMOUNTS
 
 Settings = Any
 """What the flags say, for :func:`config_from`."""
@@ -83,7 +84,6 @@ def config_from(settings: Settings, keep: float | None, *, seed: int, max_batche
     Returns:
         The config.
     """
-    amounts = ("prune_ratio", "target_params", "target_macs")
-    given = any(getattr(settings, name) is not None for name in amounts)
+    given = any(getattr(settings, name, None) is not None for name in AMOUNTS)
     chosen = {} if given and keep is None else {"target_params": 0.5 if keep is None else keep}
     return config_of(settings, **chosen, seed=seed, max_batches=max_batches or None)

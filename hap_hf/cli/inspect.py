@@ -10,6 +10,7 @@ from hap_hf.cli.told import say, told
 from hap_hf.errors import ConfigError
 from hap_hf.names.outcome import footprint, whole
 from hap_hf.names.plan import GroupPlan, PruningPlan
+from hap_hf.names.targets import AMOUNTS
 from hap_hf.report.tables import plain_text
 from hap_hf.report.words import counts, exact
 
@@ -87,7 +88,7 @@ def _text(header: Header) -> str:
     for number, origin in enumerate(plan.provenance if plan else (), 1):
         settings = origin.get("settings", {})
         if isinstance(settings, dict):
-            asked = ("prune_ratio", "target_params", "target_macs", "amount", "implant_ratio", "method")
+            asked = (*AMOUNTS, "implant_ratio", "method")
             words = [f"{name}={_short(settings[name])}" for name in asked if settings.get(name) not in (None, 0, 0.0)]
             facts.append((f"settings of stage {number}", ", ".join(words)))
     return plain_text(facts, ("group", "units", "removed"), rows)

@@ -1,6 +1,7 @@
 """How much is asked for, and the currency that it is counted in."""
 
-from collections.abc import Callable, Iterable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -8,7 +9,7 @@ from hap_hf.errors import ConfigError
 from hap_hf.names.checks import plain_json
 from hap_hf.names.currencies import Currency, Units, currency_of
 from hap_hf.names.group import Group
-from hap_hf.names.outcome import whole
+from hap_hf.names.outcome import Footprint, whole
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,50 @@ class Amount:
             The cost.
         """
         return self.keep * self.what.cost(whole(groups))
+
+    def in_model(self, groups: Sequence[Group], size: Footprint) -> "Amount":
+        """Return the amount for one model, where it counts all of it; the same for others.
+
+        Args:
+            groups: All groups that the amount is about.
+            size: What the whole model takes.
+
+        Returns:
+            The amount.
+
+        Raises:
+            ConfigError: If what can never be removed is more than is to be left.
+        """
+        what = self.what.in_model(groups, size)
+        if what == self.what:
+            return self
+        least = what.cost([]) / what.cost(whole(groups))
+        if least >= self.keep:
+            raise ConfigError(
+                f"{self} cannot be reached: {least:.1%} of the model are embeddings, norms, its head and what else is "
+                f"in no group that may lose units; ask for more than {math.ceil(1e4 * least) / 1e4}"
+            )
+        return Amount(what, self.keep)
+
+    def in_both_terms(self, groups: Iterable[Group], size: Footprint) -> tuple[float, float] | None:
+        """Return the amount as a share of what can be pruned, and as one of the whole model.
+
+        Args:
+            groups: All groups that the amount is about.
+            size: What the whole model takes.
+
+        Returns:
+            Both shares; None where a model has no cost in this currency.
+        """
+        members = list(groups)
+        what, total, full = self.what.in_model(members, size), self.what.of_model(size), whole(members)
+        # Without groups there is what lies outside of them, in a currency that counts it.
+        outside, all_of_it = what.cost([]), what.cost(full)
+        part = all_of_it - outside
+        if not total or not part:
+            return None
+        left = self.keep * all_of_it - outside
+        return left / part, (total - part + left) / total
 
     def __str__(self) -> str:
         """Return how people ask for it, as in ``target_params=0.5``."""

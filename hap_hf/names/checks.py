@@ -96,20 +96,38 @@ def shares(name: str, value: object, interval: str) -> dict[str, float]:
     return given
 
 
-def at_least(name: str, value: object, low: int) -> None:
+def at_least(name: str, value: object, low: int, *, none: bool = False) -> None:
     """Check that a setting is an integer that is not too small.
 
     Args:
         name: Name of the setting.
         value: What was given.
         low: Smallest value allowed.
+        none: Whether None is allowed, too.
 
     Raises:
         ConfigError: If it is not.
     """
+    if none and value is None:
+        return
     # To Python True is the integer 1.
     if isinstance(value, bool) or not isinstance(value, int) or value < low:
         raise ConfigError(f"{name} must be an integer of at least {low}, got {value!r}")
+
+
+def seed(name: str, value: object) -> None:
+    """Check that a setting is a seed of random numbers.
+
+    Args:
+        name: Name of the setting.
+        value: What was given.
+
+    Raises:
+        ConfigError: If it is not.
+    """
+    at_least(name, value, 0)
+    if isinstance(value, int) and value >= 2**63:
+        raise ConfigError(f"{name} must be below 2**63, the largest that torch.Generator takes, got {value!r}")
 
 
 def boolean(name: str, value: object, *, none: bool = False) -> None:

@@ -8,11 +8,11 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, TypeVar
+from typing import ClassVar, Self, TypeVar
 
 from hap_hf.errors import ConfigError
 from hap_hf.names.group import Group
-from hap_hf.names.outcome import footprint, whole
+from hap_hf.names.outcome import Footprint, footprint, whole
 from hap_hf.names.plan import GroupPlan
 
 _C = TypeVar("_C", bound="type[Currency]")
@@ -25,10 +25,12 @@ class Currency(ABC):
     Attributes:
         name: Under which it is registered, and written to files.
         setting: The setting that asks for it, as messages say it; empty for those without one of their own.
+        part: What a share in it is a share of.
     """
 
     name: ClassVar[str]
     setting: ClassVar[str] = ""
+    part: ClassVar[str] = "the prunable part"
 
     @abstractmethod
     def cost(self, plans: Sequence[GroupPlan]) -> float:
@@ -57,6 +59,29 @@ class Currency(ABC):
         # Which unit goes makes no difference to the cost.
         one_less = [GroupPlan(group, "p" + full[0].actions[1:])]
         return max(self.cost(full) - self.cost(one_less), _LEAST)
+
+    def in_model(self, groups: Sequence[Group], size: Footprint) -> Self:
+        """Return the currency for one model: the same, where only groups have a cost.
+
+        Args:
+            groups: The groups that may lose units.
+            size: What the whole model takes.
+
+        Returns:
+            The currency.
+        """
+        return self
+
+    def of_model(self, size: Footprint) -> float | None:
+        """Return what a whole model costs, of which the groups are a part.
+
+        Args:
+            size: What the whole model takes.
+
+        Returns:
+            The cost; None where only groups have one.
+        """
+        return None
 
     def num_cut(self, keep: float, total: int) -> int | None:
         """Return how many of the least sensitive units go, where ``keep`` alone tells.
@@ -157,6 +182,10 @@ class Params(Currency):
         """Return the number of parameters of one unit."""
         return max(1.0, float(group.params_per_unit))
 
+    def of_model(self, size: Footprint) -> float | None:
+        """Return the number of parameters."""
+        return size.params
+
 
 @dataclass(frozen=True)
 class Macs(Currency):
@@ -172,6 +201,10 @@ class Macs(Currency):
     def unit_cost(self, group: Group) -> float:
         """Return the multiply-accumulates of one unit."""
         return max(1.0, group.macs_per_unit)
+
+    def of_model(self, size: Footprint) -> float | None:
+        """Return the number of multiply-accumulates."""
+        return size.macs
 
 
 _CURRENCIES: dict[str, type[Currency]] = {}

@@ -45,7 +45,7 @@
   function choose(index, remember) {
     current = index;
     slider.value = String(order.indexOf(index));
-    const said = index === 0 ? "all, the dense model" : `${amount(points[index])} of the prunable ${data.counted_in}`;
+    const said = index === 0 ? "all, the dense model" : `${amount(points[index])} of ${data.counted_in}`;
     byId("said").textContent = said;
     slider.setAttribute("aria-valuetext", said);
     [...byId("ticks").children].forEach((tick, i) => tick.classList.toggle("now", order[i] === index));

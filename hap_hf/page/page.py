@@ -17,7 +17,18 @@ from hap_hf.names.group import Kind
 from hap_hf.names.shortened import short_names
 from hap_hf.tradeoff import Tradeoff, TradeoffGroup, TradeoffPoint
 
-_FLAGS = {"params": "--keep", "macs": "--target-macs"}
+_FLAGS = {
+    "params": "--keep",
+    "macs": "--target-macs",
+    "model_params": "--target-model-params",
+    "model_macs": "--target-model-macs",
+}
+_WORDS = {
+    "params": "the prunable parameters",
+    "macs": "the prunable multiply-accumulates",
+    "model_params": "all parameters",
+    "model_macs": "all multiply-accumulates",
+}
 
 
 def page_of(sweep: Tradeoff) -> str:
@@ -88,7 +99,7 @@ def _values(sweep: Tradeoff) -> dict[str, Any]:
         labels |= dict(zip(names, short_names(names), strict=True))
     return {
         "metric": sweep.metric,
-        "counted_in": {"params": "parameters", "macs": "multiply-accumulates"}.get(sweep.counted_in, sweep.counted_in),
+        "counted_in": _WORDS.get(sweep.counted_in, f"the prunable {sweep.counted_in}"),
         "flag": _FLAGS.get(sweep.counted_in, "--keep"),
         "chosen": None if chosen is None else sweep.points.index(chosen),
         "points": [_point(point, sweep.groups) for point in sweep.points],

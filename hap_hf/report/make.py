@@ -8,7 +8,8 @@ from hap_hf.criteria.stopping import near_threshold
 from hap_hf.discovery import LeftWhole
 from hap_hf.errors import ConfigError
 from hap_hf.names.bypass import BypassPlan
-from hap_hf.names.outcome import footprint, whole
+from hap_hf.names.group import Group
+from hap_hf.names.outcome import Footprint, footprint, whole
 from hap_hf.names.plan import GroupPlan, PruningPlan
 from hap_hf.report.group import GroupReport
 from hap_hf.report.report import PruningReport
@@ -67,7 +68,7 @@ def make_report(
         bypasses={b.exit: b.rank for paths in plan.bypasses for b in paths},
         threshold=threshold,
         negative_share=scores.negative_share if scores is not None and scores.sensitivity else None,
-        asked=_asked(config),
+        asked=_asked(config, [g.group for g in pruned], before),
         method=_method(scores),
         left_whole=tuple(left_whole),
         seconds=dict(seconds or {}),
@@ -115,10 +116,13 @@ def _group_report(
     )
 
 
-def _asked(config: HapConfig | None) -> str:
+def _asked(config: HapConfig | None, groups: Sequence[Group], before: ModelSize) -> str:
+    """Return what was asked for, in the terms that it was meant in and in those that people may take it for."""
     if config is None:
         return ""
-    parts = [str(config.asked)]
+    both = None if config.parts else config.asked.in_both_terms(groups, Footprint(before.params, before.macs))
+    terms = "" if both is None else f" ({both[0]:.1%} of what can be pruned = {both[1]:.1%} of the whole model)"
+    parts = [f"{config.asked}{terms}"]
     parts += [f"parts={dict(config.parts)}"] if config.parts else []
     if config.implant_ratio:
         parts += [f"{n}={getattr(config, n)}" for n in ("implant_ratio", "implant_cost", "implant_init")]

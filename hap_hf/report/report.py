@@ -80,7 +80,7 @@ class PruningReport:
             parts.insert(1, f"{left:.1%} of the prunable ones")
         if self.loss_before is not None and self.loss_after is not None:
             parts.append(f"loss {self.loss_before:.4g} -> {self.loss_after:.4g}")
-        return ", ".join(parts)
+        return ", ".join(parts) + (f"; asked for {self.asked}" if self.asked else "")
 
     def units(self, kind: Kind) -> tuple[int, int, int]:
         """Return how many units of a kind there were, are kept and are implanted.

@@ -98,6 +98,27 @@ class Met:
     notes: tuple[str, ...] = ()
 
 
+def out_of_reach(budget: Budget) -> str | None:
+    """Return why a budget cannot be met, if even the largest cut leaves more.
+
+    Args:
+        budget: The units that compete, and what may be left of them.
+
+    Returns:
+        The message, or None.
+    """
+    ranking, amount, config = budget.ranking, budget.amount, budget.ranking.config
+    # The most sensitive unit of all is the best of its group and always stays.
+    smallest = budget.total(ranking.splits(ranking.total - 1))
+    if smallest <= amount.keep * budget.whole:
+        return None
+    return (
+        f"{amount} cannot be reached: with max_group_ratio={config.max_group_ratio}, "
+        f"implant_ratio={config.implant_ratio} and round_to={config.round_to} the smallest share of {amount.what.part} "
+        f"is {math.ceil(1e4 * smallest / budget.whole) / 1e4}; ask for no less, or loosen these settings"
+    )
+
+
 def meet_budget(budget: Budget) -> Met | str:
     """Return the cut whose result is as large as the budget allows.
 
@@ -115,16 +136,9 @@ def meet_budget(budget: Budget) -> Met | str:
             f"{amount} needs groups that cost some {amount.what.name}, got {len(ranking.groups)} groups with none; "
             "find them with an example batch that runs their layers"
         )
-    limit = amount.keep * all_of_it
-    most = ranking.total - 1  # the most sensitive unit of all is the best of its group and always stays
-    smallest = budget.total(ranking.splits(most))
-    if smallest > limit:
-        config = ranking.config
-        return (
-            f"{amount} cannot be reached: with max_group_ratio={config.max_group_ratio}, "
-            f"implant_ratio={config.implant_ratio} and round_to={config.round_to} the smallest share of the prunable "
-            f"part is {math.ceil(1e4 * smallest / all_of_it) / 1e4}; ask for no less, or loosen these settings"
-        )
+    limit, most = amount.keep * all_of_it, ranking.total - 1
+    if too_little := out_of_reach(budget):
+        return too_little
     # The cost may rise where one more cut unit makes an implant worth its weights. What bisection returns fits all the
     # same, and if it cuts too much, that comes back below.
     cut = fewest_cut(lambda number: budget.total(ranking.splits(number)), limit, most)
@@ -140,7 +154,7 @@ def meet_budget(budget: Budget) -> Met | str:
     if amount.keep - reached <= TOLERANCE:
         return Met(cut, splits)
     note = (
-        f"{amount}: the plan keeps {reached:.4f} of the prunable part, over {TOLERANCE} below, because single "
+        f"{amount}: the plan keeps {reached:.4f} of {amount.what.part}, over {TOLERANCE} below, because single "
         "units are larger than that"
     )
     return Met(cut, splits, (note,))

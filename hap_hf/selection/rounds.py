@@ -1,6 +1,6 @@
 """Reaching an amount in several rounds: how much of what is left each round takes."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import StrEnum
 
 from hap_hf.config import HapConfig
@@ -93,11 +93,4 @@ def config_of_round(config: HapConfig, place: Round, now: float) -> HapConfig:
             f"beyond its share of {asked}; use fewer rounds"
         )
     # Whatever setting asked for it, the amount of a round is one in the same currency.
-    return replace(
-        config,
-        prune_ratio=None,
-        target_params=None,
-        target_macs=None,
-        amount=Amount(asked.what, max(keep, 1e-9)),
-        implant_ratio=implant_ratio,
-    )
+    return config.with_amount(Amount(asked.what, max(keep, 1e-9)), implant_ratio=implant_ratio)

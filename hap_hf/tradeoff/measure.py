@@ -106,8 +106,7 @@ def _scored(group: Group, scores: Scores) -> TradeoffGroup:
 
 def _asking(config: HapConfig, keep: float) -> HapConfig:
     """Return the same settings with another share to keep."""
-    amount = Amount(config.asked.what, keep)
-    return replace(config, prune_ratio=None, target_params=None, target_macs=None, amount=amount)
+    return config.with_amount(Amount(config.asked.what, keep))
 
 
 def _predicted(decision: Decision) -> float:

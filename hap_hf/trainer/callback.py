@@ -157,7 +157,7 @@ class HessianPruner(Shrinks, ExportableState):
         reached = state.global_step if self.step is not None else int(state.epoch or 0)
         # What a later round finds too little for is left out, also where a training is resumed.
         if not self.finished and not self.began and reached < self._timing.due(self._done + 1, state.max_steps):
-            look_ahead(trainer, self.config, kwargs["train_dataloader"], self._batches, self._loss_fn)
+            look_ahead(trainer, self.config, kwargs["train_dataloader"], self._batches, self._loss_fn, self._place)
         # Rounds between a checkpoint and its next step come here too: those of an epoch's end come after its last save.
         self._round_if_due(reached, args, state, **kwargs)
 

@@ -13,6 +13,7 @@ from hap_hf.admission import check_prunable
 from hap_hf.config import HapConfig
 from hap_hf.evidence.evidence import Evidence
 from hap_hf.evidence.losses import LossFunction
+from hap_hf.selection import Round
 from hap_hf.trainer.compiled import uncompiled
 from hap_hf.trainer.distributed import pruning_together
 from hap_hf.trainer.scoring import scoring_batches, trainer_loss, without_autocast
@@ -66,6 +67,7 @@ def look_ahead(
     loader: Any,
     given: Iterable[Mapping[str, Any]] | None,
     loss_fn: LossFunction | None,
+    place: Round,
 ) -> None:
     """Raise what a round would raise before it scores: by then training steps would be lost.
 
@@ -75,11 +77,12 @@ def look_ahead(
         loader: Its training data, of which one batch is drawn.
         given: Batches to score on instead of the training data.
         loss_fn: Loss to score with instead of the Trainer's.
+        place: Which round it will be.
     """
     one = replace(config, max_batches=1, progress=False)
     found = training_evidence(trainer, one, loader, given, loss_fn, tell=False)
     with found as (evidence, settings), evidence.processes.agreeing("a look at the model"):
-        check_prunable(evidence, settings)
+        check_prunable(evidence, settings, place)
 
 
 def kept(batches: Iterable[Any] | None, most: int | None) -> Iterable[Any] | None:

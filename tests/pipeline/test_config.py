@@ -126,7 +126,7 @@ def test_a_config_error_is_a_value_error_too():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({}, "exactly one of prune_ratio, target_params, target_macs and amount, got none"),
+        ({}, "exactly one of prune_ratio, target_params, .* and amount, got none"),
         (
             {"prune_ratio": 0.5, "target_macs": 0.5},
             r"exactly one of .*, got \{'prune_ratio': 0.5, 'target_macs': 0.5\}",
@@ -191,7 +191,7 @@ def test_settings_out_of_range_are_an_error(settings, message):
         (lambda: Magnitude(coupling=None), "coupling must be one of .*, got None"),
         (lambda: Amount("params", 0), r"an amount keeps a share in \(0, 1\), got 0"),
         (lambda: Amount("params", 50), r"an amount keeps a share in \(0, 1\), got 50"),
-        (lambda: Amount("param", 0.5), r"counted in one of \['macs', 'params', 'units'.* got 'param'"),
+        (lambda: Amount("param", 0.5), r"counted in one of \['macs', .*'params', 'units'.* got 'param'"),
     ],
 )
 def test_settings_of_criteria_and_amounts_are_checked_when_they_are_made(make, message):
