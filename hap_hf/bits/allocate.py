@@ -12,19 +12,22 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """What each number of bits would cost each layer.
+    """What each number of bits would cost each layer, in its weights or in its inputs.
 
     Args:
         rise: Expected rise of the loss, by layer and bits.
         error: Standard error of each.
         sizes: Number of weights of each layer.
         tied: Layers that must have the same bits.
+        activations: The same of the inputs of the layers, whose sizes are numbers of values for a sample; None where
+            that was not asked.
     """
 
     rise: Mapping[str, Mapping[int, float]]
     error: Mapping[str, Mapping[int, float]] = field(default_factory=dict)
     sizes: Mapping[str, int] = field(default_factory=dict)
     tied: Sequence[Sequence[str]] = ()
+    activations: "Sensitivity | None" = None
 
 
 @dataclass(frozen=True)

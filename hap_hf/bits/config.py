@@ -104,6 +104,10 @@ class BitConfig:
         """Return the same config with bits for some layers by name, as ``allocate_bits`` gives them."""
         return replace(self, weight_bits={"*": 8, **bits})
 
+    def with_activation_bits(self, bits: Mapping[str, int]) -> Self:
+        """Return the same config with bits for the inputs of some layers by name."""
+        return replace(self, activation_bits={"*": 8, **bits})
+
 
 def _of(value: Any, name: str) -> int | None:
     if not isinstance(value, Mapping):

@@ -13,6 +13,7 @@ from hap_hf.bits.allocate import Sensitivity
 from hap_hf.bits.config import BitConfig
 from hap_hf.bits.quantize import check_quantizable, choose_layers
 from hap_hf.bits.rounding_watch import RoundingWatch
+from hap_hf.bits.ties import added_up, shared
 from hap_hf.curvature import Forward, SampleBatch, Wanted, estimate_ggn, ggn_directions, squared
 from hap_hf.curvature.batch_loss import check_counts
 from hap_hf.curvature.layers import NotPerSampleError
@@ -22,7 +23,7 @@ from hap_hf.evidence.evidence import Evidence
 from hap_hf.evidence.losses import LossFunction
 from hap_hf.layers.grid import round_weight
 from hap_hf.layers.quantized import channel_dim, weight_names
-from hap_hf.names.bits import FEWEST, MOST
+from hap_hf.names.bits import FEWEST, MOST, Rounding
 from hap_hf.names.checks import member
 
 logger = logging.getLogger(__name__)
@@ -44,6 +45,8 @@ def bit_sensitivity(
     formula: Formula | str = Formula.QUADRATIC,
     loss_fn: LossFunction | None = None,
     num_output_probes: int = 1,
+    activations: bool = False,
+    tie_sums: bool = False,
     progress: bool = True,
 ) -> Sensitivity:
     r"""Return by how much the loss would rise if the weights of one layer were rounded, for all layers and bits.
@@ -58,6 +61,9 @@ def bit_sensitivity(
     the error had no direction. Measure on samples that the model was not trained on: on those that it knows by heart
     the loss is too flat, by a factor of ten.
 
+    With ``activations=True`` the result's ``activations`` say the same of the inputs of layers: delta is then what
+    rounding the input changes at the layer's output, with the range that the input has in its batch.
+
     Reference: Dong et al., "HAWQ-V2: Hessian aware trace-weighted quantization of neural networks", NeurIPS 2020.
 
     Args:
@@ -68,6 +74,10 @@ def bit_sensitivity(
         formula: ``"quadratic"`` or ``"trace"``.
         loss_fn: Loss of a model on a batch; the model's own by default.
         num_output_probes: Backward passes for each batch.
+        activations: Whether to look at the inputs of layers, too, rounded as the config says. Layers that read the
+            same input are tied, as it is rounded once.
+        tie_sums: Whether convolutions whose outputs are added get the same bits, as HAWQ-V3 has it. The files that
+            :func:`~hap_hf.export` writes do not need it.
         progress: Whether to show a progress bar.
 
     Returns:
@@ -75,13 +85,16 @@ def bit_sensitivity(
 
     Raises:
         BatchError: If there are no batches, or no labels in them.
-        ConfigError: If the menu is empty or holds other than 2 to 8, or no layer is left.
+        ConfigError: If the menu is empty or holds other than 2 to 8, no layer is left, or inputs are asked for by the
+            trace.
         CurvatureError: If a gradient is not finite.
         UnsupportedModelError: If the model cannot be quantized.
     """
     kind = member(Formula, "formula", formula)
     if not menu or any(isinstance(b, bool) or not isinstance(b, int) or not FEWEST <= b <= MOST for b in menu):
         raise ConfigError(f"menu must hold integers from {FEWEST} to {MOST}, got {menu!r}")
+    if activations and kind is Formula.TRACE:
+        raise ConfigError("activations=True needs formula='quadratic': the trace is that of weights alone")
     config = config if isinstance(config, BitConfig) else BitConfig.from_dict(config or {})
     check_quantizable(model)
     evidence = Evidence.of(
@@ -92,30 +105,55 @@ def bit_sensitivity(
     if not chosen:
         raise ConfigError(f"no layer of this {type(model).__name__} is left to quantize")
     layers = {name: model.get_submodule(name) for name in chosen}
-    tied = _ties(model, layers)
+    tied = shared(layers)
     bits = tuple(sorted(set(menu)))
+    inputs: Sensitivity | None = None
     if kind is Formula.TRACE:
         rise, error = _by_trace(evidence, layers, bits, num_output_probes)
     else:
-        rise, error = _by_quadratic_form(evidence, layers, bits, num_output_probes)
+        watch = RoundingWatch(layers, bits, Rounding(config.activations) if activations else None)
+        (rise, error), *of_inputs = _by_quadratic_form(evidence, watch, num_output_probes)
+        if of_inputs:
+            read, readers = watch.inputs()
+            (input_rise, input_error), *_ = of_inputs
+            inputs = Sensitivity(
+                {name: input_rise[name] for name in read},
+                {name: input_error[name] for name in read},
+                _once(read, readers),
+                readers,
+            )
     sizes = {name: sum(layer.get_parameter(w).numel() for w in weight_names(layer)) for name, layer in layers.items()}
-    for names in tied:
-        sizes |= dict.fromkeys(names[1:], 0)  # stored once
-    return Sensitivity(rise, error, sizes, tied)
+    sums = added_up(model, evidence.batches[0], layers) if tie_sums else []
+    return Sensitivity(rise, error, _once(sizes, tied), [*tied, *sums], inputs)
+
+
+def _once(sizes: Mapping[str, int], tied: Sequence[Sequence[str]]) -> dict[str, int]:
+    """Return sizes in which those that share something have it once."""
+    return {**sizes, **{name: 0 for names in tied for name in names[1:]}}
 
 
 Table = dict[str, dict[int, float]]
 
 
-def _by_quadratic_form(
-    evidence: Evidence, layers: Mapping[str, nn.Module], bits: Sequence[int], num_probes: int
-) -> tuple[Table, Table]:
-    """Return half the mean squared product of gradients and rounding errors, with its standard error."""
+def _by_quadratic_form(evidence: Evidence, watch: RoundingWatch, num_probes: int) -> list[tuple[Table, Table]]:
+    """Return half the mean squared products of gradients and rounding errors, with standard errors.
+
+    Args:
+        evidence: What to measure on.
+        watch: What is rounded.
+        num_probes: Backward passes for each batch.
+
+    Returns:
+        Rises and standard errors, of weights and, where the watch looks at them, of inputs.
+
+    Raises:
+        CurvatureError: If a gradient is not finite.
+    """
+    layers = watch.layers
     tensors = {f"{name}.{w}": layer.get_parameter(w) for name, layer in layers.items() for w in weight_names(layer)}
     unique = {id(t): (name, t) for name, t in reversed(tensors.items())}
     wanted = Wanted(dict(unique.values()), {}, squared)
     directions = ggn_directions(evidence.signs, num_probes)
-    watch = RoundingWatch(layers, bits)
     rows: list[Tensor] = []
     num_terms = 0
     together: bool | None = None
@@ -131,18 +169,18 @@ def _by_quadratic_form(
                 rows.append(measured(batch, index) if together else _one_by_one(measured, batch, index))
             tick()
     check_counts(len(evidence.batches), num_terms)
-    values = torch.cat(rows)  # [samples, layers * bits]
+    values = torch.cat(rows)  # [samples, layers * columns]
     if not bool(values.isfinite().all()):
         raise CurvatureError("expected finite gradients, got NaN or infinities; look for extreme weights or inputs")
     count = len(values)
     mean = values.sum(0) / num_terms
     spread = values.std(0, correction=1) * count**0.5 / num_terms if count > 1 else torch.full_like(mean, torch.inf)
-    places = {name: i * len(bits) for i, name in enumerate(layers)}
 
-    def table(numbers: Tensor) -> Table:
-        return {name: {b: numbers[i + j].item() for j, b in enumerate(bits)} for name, i in places.items()}
+    def table(numbers: Tensor, start: int) -> Table:
+        found = numbers.view(len(layers), watch.columns)[:, start : start + len(watch.bits)].tolist()
+        return {name: dict(zip(watch.bits, own, strict=True)) for name, own in zip(layers, found, strict=True)}
 
-    return table(mean), table(spread)
+    return [(table(mean, start), table(spread, start)) for start in range(0, watch.columns, len(watch.bits))]
 
 
 def _products(
@@ -172,14 +210,14 @@ def _told_apart(
         forward = Forward(model, batch, wanted, index)
     _, vectors = next(iter(directions(forward)))
     try:
-        together = watch.products(*forward.pulled_back(vectors, 1.0), batch.num_samples)
+        together = watch.of_weights(watch.products(*forward.pulled_back(vectors, 1.0), batch.num_samples))
         for n in range(min(2, batch.num_samples)):
             single = batch.single(n)
             if single.num_terms:
                 with watch.recording():
                     alone = Forward(model, single, wanted, index, n)
                 own = rows_of_sample(vectors, n, batch.num_samples, alone)
-                row = watch.products(*alone.pulled_back(own, 1.0), 1)[0]
+                row = watch.of_weights(watch.products(*alone.pulled_back(own, 1.0), 1))[0]
                 if (row - together[n]).norm() > 1e-2 * row.norm():
                     return False
     except NotPerSampleError:
@@ -221,11 +259,3 @@ def _by_trace(
             rise[name][b] += factor * estimate.mean[i].item()
             error[name][b] += factor * estimate.standard_error[i].item()
     return rise, error
-
-
-def _ties(model: nn.Module, layers: Mapping[str, nn.Module]) -> list[list[str]]:
-    """Return the layers that share a weight, and so their bits."""
-    owners: dict[int, list[str]] = {}
-    for name, layer in layers.items():
-        owners.setdefault(id(layer.get_parameter("weight")), []).append(name)
-    return [names for names in owners.values() if len(names) > 1]

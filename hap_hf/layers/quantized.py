@@ -100,16 +100,11 @@ class Quantized(nn.Module):
         codes = getattr(self, codes_name(which), None)
         if codes is not None:
             return cast(Tensor, codes(x))
+        if self.rounding is Rounding.PER_TOKEN:
+            return round_by_itself(self.float_class, x, self.bits.activation, self.rounding)
+        low, high = self.get_buffer(range_name(which))
         symmetric = self.rounding is Rounding.SYMMETRIC
-        if self.rounding is not Rounding.PER_TOKEN:
-            low, high = self.get_buffer(range_name(which))
-            return round_activation(x, activation_grid(low, high, self.bits.activation, symmetric=symmetric))
-        # A row is a token of a text, or an image with all its channels.
-        kind = kind_of_class(self.float_class)
-        rows = x.flatten(0, -2) if kind is None or not kind.spatial_dims else x.flatten(1)
-        low, high = rows.detach().aminmax(dim=1)
-        grid = activation_grid(low, high, self.bits.activation, symmetric=False)
-        return round_activation(rows, grid).view(x.shape)
+        return round_activation(x, activation_grid(low, high, self.bits.activation, symmetric=symmetric))
 
     def _observe(self, which: str, x: Tensor) -> None:
         """Let the observed range hold ``x``. A value that is not finite says nothing of the range, and is left out."""
@@ -124,6 +119,28 @@ class Quantized(nn.Module):
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Return how copies and pickles are made: the class exists in the process that made it alone."""
         return _blank, (self.float_class,), dict(vars(self))
+
+
+def round_by_itself(float_class: type[nn.Module], x: Tensor, bits: int, rounding: Rounding) -> Tensor:
+    """Return an input rounded with the ranges that it has itself.
+
+    Args:
+        float_class: What the layer is when it is not quantized.
+        x: Its input.
+        bits: Bits of an activation, 2 to 8.
+        rounding: How it is rounded; per token, each has a range of its own.
+
+    Returns:
+        The rounded values.
+    """
+    rows = x.reshape(1, -1)
+    if rounding is Rounding.PER_TOKEN:
+        # A row is a token of a text, or an image with all its channels.
+        kind = kind_of_class(float_class)
+        rows = x.flatten(0, -2) if kind is None or not kind.spatial_dims else x.flatten(1)
+    low, high = rows.detach().aminmax(dim=1)
+    grid = activation_grid(low, high, bits, symmetric=rounding is Rounding.SYMMETRIC)
+    return round_activation(rows, grid).view(x.shape)
 
 
 def _blank(float_class: type[nn.Module]) -> nn.Module:

@@ -4,6 +4,7 @@ Each function returns a :class:`Picture`, which a notebook shows and ``save`` wr
 read in black and white and at a width of 600 pixels.
 """
 
+from hap_hf.plots.bits import plot_bits
 from hap_hf.plots.losses import plot_losses
 from hap_hf.plots.picture import Picture
 from hap_hf.plots.sensitivity import plot_sensitivity
@@ -11,4 +12,4 @@ from hap_hf.plots.threshold import plot_threshold
 from hap_hf.plots.tradeoff import plot_tradeoff
 from hap_hf.plots.widths import plot_widths
 
-__all__ = ["Picture", "plot_losses", "plot_sensitivity", "plot_threshold", "plot_tradeoff", "plot_widths"]
+__all__ = ["Picture", "plot_bits", "plot_losses", "plot_sensitivity", "plot_threshold", "plot_tradeoff", "plot_widths"]

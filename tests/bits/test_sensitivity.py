@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from channel_nets import Residual
 from checkpoints import pruned, single
 from torch import nn
 from torch.nn import functional
@@ -77,6 +78,56 @@ def test_the_quadratic_form_is_that_of_the_gauss_newton_matrix_written_out():
             trace = matrix.trace() / len(delta) * delta.square().sum() / 2
             assert traces.rise[name][b] == pytest.approx(trace.item(), rel=1e-6)
             assert found.rise[name][b] != pytest.approx(traces.rise[name][b], rel=1e-2)
+
+
+def test_the_rise_of_a_rounded_input_is_the_quadratic_form_at_the_output():
+    model, batches = two_layers()
+    config = BitConfig(activations="symmetric")
+    found = bit_sensitivity(
+        model, batches, config, menu=BITS, loss_fn=cross_entropy, activations=True, progress=False
+    ).activations
+    expected = dict.fromkeys(BITS, 0.0)
+    for batch in batches:
+        h = model.layers[1](model.layers[0](batch["x"])).detach()
+        p = model.layers[2](h).softmax(1)
+        hessians = torch.diag_embed(p) - p[:, :, None] * p[:, None]
+        for b in BITS:
+            scale = h.abs().max() / (2 ** (b - 1) - 1)
+            change = (model.layers[2](scale * (h / scale).round()) - model.layers[2](h)).detach()
+            expected[b] += 0.5 * torch.einsum("nc,ncd,nd->", change, hessians, change).item() / 16
+    assert found.rise["layers.2"] == pytest.approx(expected, rel=1e-5)
+    assert found.sizes == {"layers.0": 4, "layers.2": 6}
+    other = bit_sensitivity(model, batches, menu=BITS, loss_fn=cross_entropy, activations=True, progress=False)
+    assert other.activations.rise["layers.2"] != pytest.approx(expected, rel=1e-2)  # with a zero point
+    assert other.rise == bit_sensitivity(model, batches, menu=BITS, loss_fn=cross_entropy, progress=False).rise
+
+
+def test_layers_that_read_the_same_get_the_same_bits():
+    model, batch = single("bert")
+    found = bit_sensitivity(model, [batch], menu=(4, 8), activations=True, progress=False)
+    first = "bert.encoder.layer.0.attention.self"
+    assert [f"{first}.{name}" for name in ("query", "key", "value")] in [
+        list(names) for names in found.activations.tied
+    ]
+    assert not any("output" in name for names in found.activations.tied for name in names)
+    values = batch["input_ids"].shape[1] * model.config.hidden_size
+    sizes = [found.activations.sizes[f"{first}.{name}"] for name in ("query", "key", "value")]
+    assert sizes == [values, 0, 0]
+    assert not any("embeddings" in name for name in found.activations.rise)
+    bits = allocate_bits(found.activations, average_bits=6).bits
+    assert bits[f"{first}.query"] == bits[f"{first}.key"] == bits[f"{first}.value"]
+    report = quantize_(model, [batch], BitConfig().with_activation_bits(bits))
+    assert {name: report.plan.layers[name].activation for name in bits} == dict(bits)
+
+
+def test_convolutions_that_are_added_up_are_tied_on_request():
+    model, settings = Residual().eval(), {"menu": (4, 8), "loss_fn": cross_entropy, "progress": False}
+    batch = {"x": torch.randn(4, 3, 8, 8), "labels": torch.tensor([0, 1, 2, 1])}
+    free, tied = (bit_sensitivity(model, [batch], tie_sums=t, **settings) for t in (False, True))
+    assert list(free.tied) == []
+    assert sorted(sorted(names) for names in tied.tied) == [["a2", "stem"], ["b2", "down"]]
+    assert tied.sizes == free.sizes  # no weight is shared
+    assert tied.rise == free.rise
 
 
 def test_standard_errors_are_those_of_other_samples():

@@ -8,7 +8,7 @@ import pytest
 from documented import bert, text_batches
 from PIL import Image
 
-from hap_hf import ConfigError, HapConfig, decide, plots
+from hap_hf import ConfigError, HapConfig, Sensitivity, allocate_bits, bit_frontier, decide, plots
 from hap_hf.names.shortened import short_names
 from hap_hf.tradeoff import Tradeoff, TradeoffPoint
 
@@ -30,6 +30,12 @@ SWEEP = Tradeoff(
 )
 
 
+BITS = Sensitivity(
+    {f"layer{i}": {3: 0.3 / i, 4: 0.05 / i, 8: 1e-5 / i} for i in (1, 2, 5, 9)},
+    sizes={"layer1": 90, "layer2": 400, "layer5": 400, "layer9": 1000},
+)
+
+
 def all_pictures(report):
     return {
         "sensitivity": plots.plot_sensitivity(report),
@@ -38,6 +44,8 @@ def all_pictures(report):
         "threshold": plots.plot_threshold(report),
         "sweep": plots.plot_tradeoff(SWEEP),
         "losses": plots.plot_losses(SWEEP),
+        "bits": plots.plot_bits(BITS, allocate_bits(BITS, average_bits=4)),
+        "frontier": plots.plot_bits(BITS),
     }
 
 
@@ -98,6 +106,21 @@ def test_predicted_and_measured_losses_are_those_of_the_points():
     (axes,) = plots.plot_losses(SWEEP).axes
     drawn = [tuple(map(float, xy)) for marks in axes.collections for xy in marks.get_offsets()]
     assert drawn == [pytest.approx((0.005, 0.01)), pytest.approx((0.1, 0.2))]
+
+
+def test_the_frontier_is_drawn_with_the_same_bits_for_all_and_the_chosen_ones():
+    chosen = allocate_bits(BITS, average_bits=4)
+    axes, bars = plots.plot_bits(BITS, chosen).axes
+    line = axes.lines[0]
+    frontier = bit_frontier(BITS)
+    assert list(line.get_xdata()) == pytest.approx([a.weight_bytes / 1e3 for a in frontier])
+    assert list(line.get_ydata()) == [a.rise for a in frontier]
+    same, star = (marks.get_offsets().tolist() for marks in axes.collections)
+    rises = {b: sum(r[b] for r in BITS.rise.values()) for b in (3, 4, 8)}
+    assert same == [pytest.approx([1890 * b / 8e3, rise]) for b, rise in rises.items()]
+    assert star == [pytest.approx([chosen.weight_bytes / 1e3, chosen.rise])]
+    assert chosen.rise < rises[4]
+    assert [bar.get_height() for bar in bars.containers[0]] == [chosen.bits[name] for name in BITS.rise]
 
 
 def test_without_what_it_shows_a_picture_says_so(report):
