@@ -51,7 +51,7 @@ def main() -> None:
         if browser is None:
             raise SystemExit("page.png is as it was: it takes chromium")
         shown = [f"--screenshot={HERE / 'page.png'}", f"file://{work}/tried/sweep.html#keep=0.3"]
-        flags = ["--headless=new", "--no-sandbox", "--hide-scrollbars", "--window-size=900,1230"]
+        flags = ["--headless=new", "--no-sandbox", "--hide-scrollbars", "--window-size=1100,1120"]
         subprocess.run([browser, *flags, *shown], check=True, capture_output=True)
 
 

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 def short_names(names: Sequence[str]) -> list[str]:
     """Return names of groups without what all of them begin with, as ``layer.3`` for ``bert.encoder.layer.3:heads``.
 
+    Of several groups in one place the later ones keep their number, as in ``layer2.0.conv2#2``.
+
     Args:
         names: Names of groups of one kind.
 
@@ -20,4 +22,5 @@ def short_names(names: Sequence[str]) -> list[str]:
     # Keep the word before a number, which says what is counted.
     if shared and all(re.fullmatch(r"\d+", b[shared]) for b in bare):
         shared -= 1
-    return [".".join(b[shared:]) for b in bare]
+    numbers = ["".join(name.partition(":")[2].partition("#")[1:]) for name in names]
+    return [".".join(b[shared:]) + number for b, number in zip(bare, numbers, strict=True)]

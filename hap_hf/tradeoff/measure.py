@@ -25,7 +25,8 @@ from hap_hf.names.group import Group, Kind
 from hap_hf.pipeline import carry_out_, decide, decide_again
 from hap_hf.tradeoff.values import LOSS, Tradeoff, TradeoffGroup, TradeoffPoint
 
-_REPEATS = 7
+_FEWEST, _MOST, _SECONDS = 7, 50, 0.1
+"""Turns that are taken at least; more while they are short, as a busy machine slows whole stretches of them."""
 
 
 def measure_tradeoff(
@@ -133,7 +134,9 @@ def milliseconds(models: Sequence[nn.Module], batch: Batch) -> list[float]:
             stack.enter_context(preserved(model))
         moved = [move_to_model(model, batch) for model in models]
         # In turns, so that what else the machine does falls on all of them; the first turn warms up.
-        for _ in range(_REPEATS + 1):
+        begun, turn = time.perf_counter(), 0
+        while turn <= _FEWEST or (turn <= _MOST and time.perf_counter() - begun < _SECONDS):
+            turn += 1
             for model, own, taken in zip(models, moved, times, strict=True):
                 start = time.perf_counter()
                 call(model, own)

@@ -140,3 +140,4 @@ def test_names_keep_what_tells_them_apart():
     names = ["bert.encoder.layer.0.attention:heads", "bert.encoder.layer.11.attention:heads"]
     assert short_names(names) == ["layer.0.attention", "layer.11.attention"]
     assert short_names(["a.b:ffn"]) == ["a.b"]
+    assert short_names(["net.a.0:channels", "net.a.0:channels#2"]) == ["a.0", "a.0#2"]
