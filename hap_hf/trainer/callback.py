@@ -1,22 +1,25 @@
 """The callback that prunes."""
 
-import logging
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
+from hap_hf.admission import check_prunable
 from hap_hf.config import HapConfig
+from hap_hf.decision import Decision
 from hap_hf.errors import ConfigError
 from hap_hf.evidence.evidence import Evidence
 from hap_hf.evidence.losses import LossFunction
 from hap_hf.names.checks import member
+from hap_hf.names.plan import PruningPlan
 from hap_hf.pipeline import prune_round
-from hap_hf.planned import prune_as_planned
+from hap_hf.planned import check_planned, prune_as_planned, prune_by_plan
 from hap_hf.report import PruningReport
 from hap_hf.selection import Ramp, Round, check_rounds
 from hap_hf.trainer.best_model import forget_best_
@@ -24,8 +27,9 @@ from hap_hf.trainer.compiled import check_compiled
 from hap_hf.trainer.distributed import check_arguments, check_wrapping, processes_of, rewrap_
 from hap_hf.trainer.evidence import kept, look_ahead, training_evidence
 from hap_hf.trainer.freezing import check_beginning, check_freezing, freeze_the_rest_
+from hap_hf.trainer.given import plan_or_config
 from hap_hf.trainer.growing import GrowingReg
-from hap_hf.trainer.growth import Growth, begin_growth, check_growing
+from hap_hf.trainer.growth import Growth, check_growing
 from hap_hf.trainer.host import calling_trainer
 from hap_hf.trainer.optimizers import bare_optimizer, check_optimizer
 from hap_hf.trainer.progress import (
@@ -37,11 +41,9 @@ from hap_hf.trainer.progress import (
     write_report,
 )
 from hap_hf.trainer.rebuilding import rebuild_before_loading
-from hap_hf.trainer.schedule import Timing, future_rates, rewind_, steps_of
+from hap_hf.trainer.schedule import Timing, rewind_
 from hap_hf.trainer.scoring import check_training_data
 from hap_hf.trainer.shrinking import Shrinks
-
-logger = logging.getLogger(__name__)
 
 
 class HessianPruner(Shrinks, ExportableState):
@@ -66,6 +68,8 @@ class HessianPruner(Shrinks, ExportableState):
 
     Args:
         config: How much to prune and how; a mapping is read by ``HapConfig.from_dict``.
+        plan: What to do in place of scoring: a plan, a decision, or a pruned checkpoint; each stage is a round. What
+            makes up for units is fitted anew; the settings for that are the config's, whose amount is not read.
         step: Number of optimizer steps before the first round; below 1, a share of the training's.
         epoch: Number of epochs before the first round.
         num_rounds: Number of rounds over which the amount rises to its target.
@@ -87,8 +91,9 @@ class HessianPruner(Shrinks, ExportableState):
 
     def __init__(
         self,
-        config: HapConfig | Mapping[str, Any],
+        config: HapConfig | Mapping[str, Any] | None = None,
         *,
+        plan: PruningPlan | Decision | Mapping[str, Any] | str | PathLike[str] | None = None,
         step: int | float | None = None,
         epoch: int | None = None,
         num_rounds: int = 1,
@@ -101,22 +106,28 @@ class HessianPruner(Shrinks, ExportableState):
         train_only_implants: bool = False,
         also_train: Iterable[str] = (),
     ) -> None:
-        self._timing = Timing(step, epoch, num_rounds, interval, member(Ramp, "ramp", ramp), rewind)
+        self.config, self._plan = plan_or_config(config, plan)
+        ramp = member(Ramp, "ramp", ramp)
+        if self._plan is not None:
+            num_rounds = self._plan.check_settings(num_rounds, ramp, regularise)
+        else:
+            check_rounds(self.config, num_rounds)
+        self._timing = Timing(step, epoch, num_rounds, interval, ramp, rewind)
         if regularise is not None and step is None:
             raise ConfigError(
                 "regularise shrinks units in the steps before a round, so step=... must say when it comes"
             )
         super().__init__()
-        self.config = check_rounds(config if isinstance(config, HapConfig) else HapConfig.from_dict(config), num_rounds)
         self.step = step
         self.epoch = epoch
         self.num_rounds = num_rounds
         self.interval = interval
-        self.ramp = self._timing.ramp
+        self.ramp = ramp
         self.rewind = rewind
         self.regularise = GrowingReg.from_dict(regularise) if isinstance(regularise, Mapping) else regularise
         self.train_only_implants = train_only_implants
-        self.also_train = check_freezing(self.config, train_only_implants, also_train)
+        implants = self._plan.has_implants if self._plan is not None else self.config.implant_ratio > 0
+        self.also_train = check_freezing(self.config, train_only_implants, also_train, implants=implants)
         self.reports: list[PruningReport] = []
         self._batches = kept(batches, self.config.max_batches)
         self._loss_fn = loss_fn
@@ -145,6 +156,8 @@ class HessianPruner(Shrinks, ExportableState):
             self._go_on(state, **kwargs)
             self._check_schedule(args, state, **kwargs)
             if not self.finished:
+                if self._plan is not None:
+                    self._plan.check(kwargs["model"], self.reports)
                 check_compiled(trainer, kwargs["model"])
                 check_optimizer(kwargs["optimizer"], kwargs["model"])
                 check_training_data(kwargs["train_dataloader"], self.config, needed=self._batches is None)
@@ -157,9 +170,15 @@ class HessianPruner(Shrinks, ExportableState):
         reached = state.global_step if self.step is not None else int(state.epoch or 0)
         # What a later round finds too little for is left out, also where a training is resumed.
         if not self.finished and not self.began and reached < self._timing.due(self._done + 1, state.max_steps):
-            look_ahead(trainer, self.config, kwargs["train_dataloader"], self._batches, self._loss_fn, self._place)
+            look_ahead(trainer, self.config, kwargs["train_dataloader"], self._batches, self._loss_fn, self._check)
         # Rounds between a checkpoint and its next step come here too: those of an epoch's end come after its last save.
         self._round_if_due(reached, args, state, **kwargs)
+
+    def _check(self, evidence: Evidence, config: HapConfig) -> None:
+        if self._plan is None:
+            check_prunable(evidence, config, self._place)
+        else:
+            check_planned(evidence, config, self._plan.stage(self._done + 1))
 
     def _check_schedule(self, args: TrainingArguments, state: TrainerState, **kwargs: Any) -> None:
         """Check that there is time for all rounds, and let the learning rate begin anew after each."""
@@ -185,21 +204,13 @@ class HessianPruner(Shrinks, ExportableState):
         if self.step is None:  # `state.epoch` is a sum of fractions, which may fall short of the whole number
             self._round_if_due(round(state.epoch or 0), args, state, **kwargs)
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Warn if the training ended before the last round."""
-        if not self.finished:
-            said = (
-                "the training ended at step %d, after %d of %d pruning rounds: the model is larger than was asked for"
-            )
-            logger.warning(said, state.global_step, self._done, self.num_rounds)
-
     def state(self) -> dict[str, Any]:
         """Return what the Trainer writes to ``trainer_state.json``: the settings and the rounds done."""
         names = ("step", "epoch", "num_rounds", "interval", "rewind", "train_only_implants", "also_train")
         growing = None if self.regularise is None else self.regularise.to_dict()
         settings = {name: getattr(self, name) for name in names} | {"ramp": self.ramp.value, "regularise": growing}
+        if self._plan is not None:
+            settings["plan"] = self._plan.plan.to_dict()
         return {"args": {"config": self.config.to_dict(), **settings}, "attributes": {"progress": self.progress}}
 
     @property
@@ -252,18 +263,6 @@ class HessianPruner(Shrinks, ExportableState):
         with self._unless_nothing_is_left(self._done, self.num_rounds):  # of the next round
             self._grow_if_due(self.regularise, reached, state, **kwargs)
 
-    def _grow_if_due(self, settings: GrowingReg, reached: int, state: TrainerState, **kwargs: Any) -> None:
-        # Right after a round, if need be: a training that is resumed there begins with it.
-        steps = steps_of("steps", settings.steps, state.max_steps)
-        due = self._timing.due(self._done + 1, state.max_steps)
-        if self._growth is None and self._done < self.num_rounds and reached >= due - steps:
-            rates = future_rates(kwargs["lr_scheduler"], kwargs["optimizer"], state.global_step, steps)
-            with self._evidence(**kwargs) as found:
-                self._growth = begin_growth(settings, *found, self._place, state.global_step, rates)
-        if self._growth is not None and self._growth.must_pick:
-            with self._evidence(**kwargs) as found:
-                self._growth.pick(*found, self._place)
-
     @property
     def _place(self) -> Round:
         return Round(self._done + 1, self.num_rounds, self._start, self.ramp)
@@ -278,6 +277,9 @@ class HessianPruner(Shrinks, ExportableState):
             if self._growth is not None and self._growth.planned is not None:
                 report = prune_as_planned(evidence, config, self._growth.planned, optimizer)
                 place = replace(place, start=self._growth.start)
+            elif self._plan is not None:
+                stage = self._plan.stage(place.number)
+                report = prune_by_plan(evidence, config, stage, self._plan.decided, optimizer)
             else:
                 report, place = prune_round(evidence, config, place, optimizer)
         self._start, self._growth = place.start, None  # after the round: one that fails has not taken place

@@ -1,6 +1,6 @@
 """What a training lets its model be scored on, and what has to be out of the way meanwhile."""
 
-from collections.abc import Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import islice
@@ -9,11 +9,9 @@ from typing import Any, cast
 from torch import nn
 from transformers import Trainer
 
-from hap_hf.admission import check_prunable
 from hap_hf.config import HapConfig
 from hap_hf.evidence.evidence import Evidence
 from hap_hf.evidence.losses import LossFunction
-from hap_hf.selection import Round
 from hap_hf.trainer.compiled import uncompiled
 from hap_hf.trainer.distributed import pruning_together
 from hap_hf.trainer.scoring import scoring_batches, trainer_loss, without_autocast
@@ -67,7 +65,7 @@ def look_ahead(
     loader: Any,
     given: Iterable[Mapping[str, Any]] | None,
     loss_fn: LossFunction | None,
-    place: Round,
+    check: Callable[[Evidence, HapConfig], None],
 ) -> None:
     """Raise what a round would raise before it scores: by then training steps would be lost.
 
@@ -77,12 +75,12 @@ def look_ahead(
         loader: Its training data, of which one batch is drawn.
         given: Batches to score on instead of the training data.
         loss_fn: Loss to score with instead of the Trainer's.
-        place: Which round it will be.
+        check: What is called with the evidence and the settings, and raises.
     """
     one = replace(config, max_batches=1, progress=False)
     found = training_evidence(trainer, one, loader, given, loss_fn, tell=False)
     with found as (evidence, settings), evidence.processes.agreeing("a look at the model"):
-        check_prunable(evidence, settings, place)
+        check(evidence, settings)
 
 
 def kept(batches: Iterable[Any] | None, most: int | None) -> Iterable[Any] | None:

@@ -18,19 +18,22 @@ from hap_hf.trainer.optimizers import bare_optimizer
 logger = logging.getLogger(__name__)
 
 
-def check_freezing(config: HapConfig, train_only_implants: bool, also_train: Iterable[str]) -> list[str]:
+def check_freezing(
+    config: HapConfig, train_only_implants: bool, also_train: Iterable[str], *, implants: bool
+) -> list[str]:
     """Check that implants can be trained alone, if they shall.
 
     Args:
         config: How the model is pruned.
         train_only_implants: Whether they shall.
         also_train: Glob patterns of what is trained beside them.
+        implants: Whether the rounds make any.
 
     Returns:
         The patterns, as JSON would give them back.
 
     Raises:
-        ConfigError: If the config makes no implants or makes them so that they would get no gradient, or if the
+        ConfigError: If there are no implants or the config makes them so that they would get no gradient, or if the
             patterns have no meaning.
     """
     if isinstance(also_train, str):
@@ -38,8 +41,10 @@ def check_freezing(config: HapConfig, train_only_implants: bool, also_train: Ite
     patterns = list(also_train)
     if patterns and not train_only_implants:
         raise ConfigError(f"also_train={patterns} has a meaning only with train_only_implants=True")
-    if train_only_implants and not config.implant_ratio:
-        raise ConfigError("train_only_implants=True needs implants, got a config with implant_ratio=0")
+    if train_only_implants and not implants:
+        raise ConfigError(
+            "train_only_implants=True needs implants, got a config with implant_ratio=0 or a plan without any"
+        )
     if train_only_implants and config.implant_init is ImplantInit.ZERO:
         raise ConfigError(
             "with implant_init='zero' the columns that read the implants are zero, and with train_only_implants=True "

@@ -34,6 +34,7 @@ from hap_hf import (
     HapConfig,
     HessianPruner,
     apply_plan_,
+    decide,
     find_groups,
     plan_of,
     prune,
@@ -59,6 +60,7 @@ TRAININGS = {
     },
     "stream of samples": {"pruner": {"step": 1}, "data": lambda: Stream(), "max_steps": 3},
     "shrinking": {"pruner": {"step": 3, "regularise": {"steps": 2, "interval": 1, "ratio": 9.0}}, "max_steps": 4},
+    "given plan": {"pruner": {"step": 1}, "plan": lambda: decision(), "max_steps": 2},
     "distilled": {"pruner": {"step": 1}, "helpers": lambda: [Distill(hidden=0.5)], "max_steps": 3},
 }
 """Trainings that must end alike in one process and in two."""
@@ -172,9 +174,16 @@ def outcome(model):
     }
 
 
+def decision():
+    """Return what is decided before the training, by each process alone."""
+    config = settings(method="magnitude")
+    return decide(config.evidence(text_model(), batches_of(text_samples(), (4,))), config)
+
+
 def training(name, rank, world):
     run = dict(TRAININGS[name])
-    pruner = HessianPruner(settings(**run.pop("config", {})), **run.pop("pruner"))
+    plan = run.pop("plan", lambda: None)()
+    pruner = HessianPruner(settings(**run.pop("config", {})), plan=plan, **run.pop("pruner"))
     data, helpers = run.pop("data", text_samples)(), run.pop("helpers", list)()
     trainer = make_trainer(text_model(), pruner, world, data=data, helpers=helpers, **run)
     trainer.train()
