@@ -31,7 +31,7 @@ def prune(
     data: options.Data,
     out: options.Out,
     keep: Annotated[
-        float | None, typer.Option(help="Share of the prunable parameters to keep, in (0, 1).  [default: 0.5]")
+        float | None, typer.Option(help="Share of the prunable parameters to keep, in (0, 1); half by default.")
     ] = None,
     epochs: Annotated[float, typer.Option(min=0, help="Epochs of training after pruning.")] = 0,
     learning_rate: Annotated[float, typer.Option(help="Learning rate of that training.")] = 2e-5,

@@ -33,7 +33,12 @@ def test_the_three_commands_of_the_tour_leave_a_checkpoint_and_pictures(tmp_path
     assert {"config.json", "model.safetensors", "pruning_report.json", "heads.png", "README.md"} <= {
         file.name for file in Path("smaller").iterdir()
     }
-    assert Path("tried/sweep.png").is_file()
+    assert Path("tried/sweep.html").is_file()
+
+
+@pytest.mark.parametrize("page", ["index.md", "../README.md"])
+def test_every_tour_is_the_same(page):
+    assert blocks_of_commands(page)[0] == blocks_of_commands("command-line.md")[0]
 
 
 def test_other_commands_of_the_page_have_flags_that_exist():
@@ -44,6 +49,26 @@ def test_other_commands_of_the_page_have_flags_that_exist():
         group.commands[name].make_context(name, words)
     with pytest.raises(Exception, match="No such option"):
         group.commands[name].make_context(name, [*words, "--no-such-flag"])
+
+
+def shown(monkeypatch, *words):
+    """Return the help of a command as it stands in a window of 100 columns."""
+    monkeypatch.setenv("COLUMNS", "100")
+    done = CliRunner().invoke(app, [*words, "--help"])
+    assert done.exit_code == 0, done.output
+    return done.output.splitlines()
+
+
+@pytest.mark.parametrize("name", ["", *sorted(typer.main.get_command(app).commands)])
+def test_the_help_fits_a_screen(name, monkeypatch):
+    lines = shown(monkeypatch, *filter(None, [name]))
+    assert 10 < len(lines) <= 40
+    assert max(map(len, lines)) <= 100
+
+
+def test_what_the_help_leaves_out_is_in_the_long_one(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    assert len(CliRunner().invoke(app, ["prune", "--help-all"]).output.splitlines()) > 40
 
 
 def test_every_command_of_the_page_exists():
