@@ -2,12 +2,11 @@
 
 import importlib.util
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from hap_hf.errors import ConfigError
-from hap_hf.names.group import Kind
 from hap_hf.report import PruningReport
 from hap_hf.tradeoff import Tradeoff
 
@@ -27,14 +26,9 @@ def draw_report(report: PruningReport, folder: Path, suffix: str = ".png") -> li
     """
     if not _can_draw():
         return []
-    from hap_hf import plots
+    from hap_hf.plots import pictures_of
 
-    drawings: dict[str, Callable[[], Any]] = {"widths": lambda: plots.plot_widths(report)}
-    if report.scores is not None:
-        drawings["threshold"] = lambda: plots.plot_threshold(report)
-        if report.units(Kind.HEADS)[0]:
-            drawings["heads"] = lambda: plots.plot_sensitivity(report)
-    return _drawn(drawings, folder, suffix)
+    return _saved(pictures_of(report), folder, suffix)
 
 
 def draw_sweep(sweep: Tradeoff, folder: Path, suffix: str = ".png") -> list[Path]:
@@ -66,13 +60,19 @@ def _can_draw() -> bool:
 
 
 def _drawn(drawings: dict[str, Callable[[], Any]], folder: Path, suffix: str) -> list[Path]:
-    files = []
+    pictures = {}
     for name, draw in drawings.items():
         try:
             picture = draw()
         except ConfigError as error:  # a report without a threshold, scores that predict no loss
             logger.info("no picture of %s: %s", name, error)
             continue
-        files.append(folder / f"{name}{suffix}")
-        picture.save(files[-1])
+        pictures[name] = picture
+    return _saved(pictures, folder, suffix)
+
+
+def _saved(pictures: Mapping[str, Any], folder: Path, suffix: str) -> list[Path]:
+    files = [folder / f"{name}{suffix}" for name in pictures]
+    for file, picture in zip(files, pictures.values(), strict=True):
+        picture.save(file)
     return files

@@ -6,10 +6,20 @@ read in black and white and at a width of 600 pixels.
 
 from hap_hf.plots.bits import plot_bits
 from hap_hf.plots.losses import plot_losses
+from hap_hf.plots.of_report import pictures_of
 from hap_hf.plots.picture import Picture
 from hap_hf.plots.sensitivity import plot_sensitivity
 from hap_hf.plots.threshold import plot_threshold
 from hap_hf.plots.tradeoff import plot_tradeoff
 from hap_hf.plots.widths import plot_widths
 
-__all__ = ["Picture", "plot_bits", "plot_losses", "plot_sensitivity", "plot_threshold", "plot_tradeoff", "plot_widths"]
+__all__ = [
+    "Picture",
+    "pictures_of",
+    "plot_bits",
+    "plot_losses",
+    "plot_sensitivity",
+    "plot_threshold",
+    "plot_tradeoff",
+    "plot_widths",
+]

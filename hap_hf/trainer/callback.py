@@ -43,6 +43,7 @@ from hap_hf.trainer.progress import (
 from hap_hf.trainer.rebuilding import rebuild_before_loading
 from hap_hf.trainer.schedule import Timing, rewind_
 from hap_hf.trainer.scoring import check_training_data
+from hap_hf.trainer.showing import show
 from hap_hf.trainer.shrinking import Shrinks
 
 
@@ -286,7 +287,7 @@ class HessianPruner(Shrinks, ExportableState):
         self.reports.append(report)
         forget_best_(state, kwargs["lr_scheduler"])
         with evidence.processes.agreeing("reporting"):
-            trainer.log(report.to_log())
+            show(trainer, report)
             if state.is_world_process_zero:
                 number = self._done if self.num_rounds > 1 else None
                 write_report(report, Path(args.output_dir or "."), number)
