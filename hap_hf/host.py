@@ -32,6 +32,7 @@ __all__ = [
     "own_parameters",
     "own_tensors",
     "set_attention_",
+    "times_changed",
     "tree_flatten",
     "tree_leaves",
     "tree_map_only",
@@ -84,6 +85,11 @@ def call_hooks(module: nn.Module) -> tuple[Any, Any]:
 def viewed(tensor: Tensor) -> Tensor | None:
     """Return the tensor that another one is a view of, None where it is no view."""
     return tensor._base
+
+
+def times_changed(tensor: Tensor) -> int:
+    """Return how often a tensor was changed in place."""
+    return tensor._version
 
 
 def gradient_hooks(parameter: Tensor) -> bool:

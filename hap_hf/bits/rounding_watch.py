@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from hap_hf.curvature.layers import NotPerSampleError
+from hap_hf.host import times_changed
 from hap_hf.layers.grid import round_weight
 from hap_hf.layers.quantized import channel_dim, inputs_of, product_of, round_by_itself, weight_names
 from hap_hf.names.bits import Rounding
@@ -27,7 +28,7 @@ class _Call:
     @property
     def key(self) -> tuple[Any, ...]:
         """What calls that read the same values have in common; other tensors may use the memory only afterwards."""
-        return self.read.data_ptr(), self.read.shape, self.read.stride(), self.read._version
+        return self.read.data_ptr(), self.read.shape, self.read.stride(), times_changed(self.read)
 
 
 class RoundingWatch:
