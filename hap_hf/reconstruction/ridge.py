@@ -45,6 +45,10 @@ class Moments:
         """Return the sums of the positions of both."""
         return Moments(self.inputs + other.inputs, self.across + other.across, self.square + other.square)
 
+    def first(self, number: int) -> "Moments":
+        """Return the sums of the first inputs alone."""
+        return Moments(self.inputs[:number, :number], self.across[:number], self.square)
+
     def solution(self, ridge: float, free: int = 0) -> Tensor | None:
         """Return ``D`` that minimises ``sum_t w_t ||r_t - D^T a_t||^2 + r m ||D||^2``, m the mean square of an input.
 
