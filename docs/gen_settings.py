@@ -40,6 +40,7 @@ code's own words; `HapConfig.help()` returns the same texts.
 | have widths that hardware likes | `round_to=8` |
 | split the result over four devices by tensor parallelism | `shards=4` |
 | implant the better third of what is cut | `implant_ratio=0.3` |
+| low-rank paths beside blocks where they pay | `implants="auto"` |
 | the paper's method | `method=Hessian(num_probes=300, coupling="filter")` |
 | a quick look, without batches | `method="magnitude"` |
 | score on more data | `max_batches=32` |
@@ -54,7 +55,7 @@ SECTIONS = {
     "How much": (*AMOUNTS, "parts"),
     "Of what": ("kinds", "include", "exclude", "max_group_ratio", "round_to", "shards", "equal_widths"),
     "How it is scored": ("method", "num_passes", "per_cost", "compensate"),
-    "What stands in for units": ("implant_ratio", "implant_cost", "implant_init"),
+    "What stands in for units": ("implants", "implant_ratio", "implant_cost", "implant_init"),
     "What it is measured on": ("max_batches", "precision", "seed", "recalibrate", "progress"),
 }
 

@@ -13,11 +13,12 @@ from hap_hf.evidence.losses import LossFunction
 from hap_hf.evidence.precision import Precision
 from hap_hf.evidence.processes import ALONE, Processes
 from hap_hf.names.amount import Amount
+from hap_hf.names.bypass import Implants
 from hap_hf.names.checks import at_least, boolean, member, plain_json, seed, share, shares, strings
-from hap_hf.names.currencies import Currency, Params, Units
+from hap_hf.names.currencies import Currency, Units
 from hap_hf.names.group import Group, Kind
 from hap_hf.names.outcome import Footprint
-from hap_hf.names.targets import AMOUNTS, amount_of
+from hap_hf.names.targets import AMOUNTS, amount_of, check_bypasses, check_parts
 from hap_hf.names.written import known_settings
 from hap_hf.surgery import ImplantInit
 from hap_hf.version import __version__
@@ -62,6 +63,7 @@ class HapConfig:
         "Other shares for groups, by kind or glob pattern, as {'vision*': 0.8}; the first that fits a group counts.",
     )
     implant_ratio: float = _setting(0.0, "Share of the cut units that is implanted instead of removed, in [0, 1].")
+    implants: Implants = _setting(Implants.ROWS, "Rows, as implant_ratio says, or auto: low-rank paths beside blocks.")
     max_group_ratio: float = _setting(
         0.95, "Largest share of a group's units that may be cut, in (0, 1]. The best unit always stays."
     )
@@ -132,11 +134,10 @@ class HapConfig:
         for name in ("include", "exclude"):
             self._set(name, strings(name, getattr(self, name)))
         self._set("method", criterion_of(self.method))
-        self._set("precision", member(Precision, "precision", self.precision))
-        self._set("implant_init", member(ImplantInit, "implant_init", self.implant_init))
-        share("implant_ratio", self.implant_ratio, "[0, 1]")
-        share("max_group_ratio", self.max_group_ratio, "(0, 1]")
-        share("implant_cost", self.implant_cost)
+        for name, kind in {"precision": Precision, "implants": Implants, "implant_init": ImplantInit}.items():
+            self._set(name, member(kind, name, getattr(self, name)))
+        for name, among in {"implant_ratio": "[0, 1]", "max_group_ratio": "(0, 1]", "implant_cost": "(0, 1)"}.items():
+            share(name, getattr(self, name), among)
         for name in ("round_to", "shards", "num_passes", "max_batches"):
             at_least(name, getattr(self, name), 1, none=name in {"num_passes", "max_batches"})
         seed("seed", self.seed)
@@ -150,13 +151,11 @@ class HapConfig:
         """Check what no value can say alone: one amount, and no setting that nothing would read."""
         asked = self.asked  # first of all, as what follows relies on there being one amount
         self._set("parts", shares("parts", self.parts, "(0, 1]" if self.prune_ratio is None else "[0, 1)"))
-        if self.parts and asked.what.part != Params.part:
-            raise ConfigError(
-                f"parts are shares of what can be pruned, and {asked} is one of the whole model; ask for "
-                "target_params or target_macs beside them"
-            )
+        check_parts(self.parts, asked)
         if self.per_cost and isinstance(asked.what, Units):
             raise ConfigError("per_cost=True needs a budget to count costs by, got prune_ratio; ask for target_params")
+        if self.implants is Implants.AUTO:
+            check_bypasses(asked, self.per, self.implant_ratio, self.reconstructs, self.parts)
         if self.num_passes is not None and self.num_passes > 1 and not self.criterion.needs_batches:
             raise ConfigError(
                 f"num_passes={self.num_passes} has no meaning with method={self.criterion.name!r}, which looks at the "

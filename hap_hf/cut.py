@@ -17,6 +17,7 @@ from hap_hf.host import BatchNorm
 from hap_hf.model.change import TensorChange
 from hap_hf.model.stale import note_replaced
 from hap_hf.model.values import replace_values_
+from hap_hf.names.bypass import Implants
 from hap_hf.names.plan import GroupPlan, PruningPlan
 from hap_hf.reconstruction import Repair, best_repair
 from hap_hf.report import Clock, ModelSize, measure_size
@@ -47,7 +48,14 @@ def around_cut(
         return moments, Repair()
     measured = compensation if config.compensates else None
     silent = config.implant_init is ImplantInit.ZERO
-    repair = best_repair(evidence, stage, measured, reconstruct=config.reconstructs, silent_implants=silent)
+    repair = best_repair(
+        evidence,
+        stage,
+        measured,
+        reconstruct=config.reconstructs,
+        silent_implants=silent,
+        look_beside=config.implants is Implants.AUTO,
+    )
     clock.lap("repair")
     return moments, repair
 
@@ -67,7 +75,7 @@ def cut_(
     changes: tuple[TensorChange, ...] = replace_values_(model, repair.values)
     note_replaced(changes)
     check_equals_masked(model, plan, evidence.example, evidence.others())
-    changes += apply_plan_(model, plan, init=config.implant_init, input_moments=moments)
+    changes += apply_plan_(model, plan, init=config.implant_init, input_moments=moments, bypass_values=repair.paths)
     # The same decomposition may differ in its last bits from one machine to the next.
     processes.adopt_first_("implants", [c.new for c in changes if c.old is None])
     clock.lap("surgery")

@@ -18,6 +18,7 @@ from hap_hf.criteria import Scores
 from hap_hf.discovery import Discovery, LeftWhole
 from hap_hf.errors import ConfigError, PlanMismatchError
 from hap_hf.evidence.evidence import Evidence
+from hap_hf.names.bypass import BypassPlan
 from hap_hf.names.group import Kind
 from hap_hf.names.outcome import footprint, whole
 from hap_hf.names.plan import GroupPlan, PruningPlan
@@ -52,6 +53,8 @@ class Decision:
         seconds: Wall-clock time of each step.
         loss: Mean loss of the model on the batches; None where the criterion looks at no batch.
         reconstructed: Whether ``values`` were fitted to the statistics of batch norms as they are.
+        bypasses: Low-rank paths that are put beside blocks.
+        paths: Their weights by name, with the inputs and outputs of the model as it is.
     """
 
     evidence: Evidence
@@ -70,18 +73,21 @@ class Decision:
     seconds: Mapping[str, float] = field(default_factory=dict)
     loss: float | None = None
     reconstructed: bool = False
+    bypasses: tuple[BypassPlan, ...] = ()
+    paths: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def plan(self) -> PruningPlan:
         """The plan, with how it came about."""
         origin = provenance(self.scores, self.config, self.threshold)
-        return PruningPlan((self.stage,), ({**origin, "round": self.place.number, "num_rounds": self.place.total},))
+        origin |= {"round": self.place.number, "num_rounds": self.place.total}
+        return PruningPlan((self.stage,), (origin,), (self.bypasses,))
 
     @property
     def expected(self) -> PruningReport:
         """The report as it will be, with sizes by the plan's own algebra in place of measured ones."""
         # What lies in no group stays as it is, so that the difference of the groups is that of the model.
-        full, left = footprint(whole(g.group for g in self.stage)), footprint(self.stage)
+        full, left = footprint(whole(g.group for g in self.stage)), footprint(self.stage, self.bypasses)
         after = ModelSize(
             round(self.before.params - full.params + left.params), self.before.macs - full.macs + left.macs
         )
@@ -174,7 +180,10 @@ class Decision:
         }
         tensors = {
             f"{part}/{name}": tensor.contiguous()
-            for part, named in (*self._named_scores(), ("values", self.values), ("moments", self.moments))
+            for part, named in (
+                *self._named_scores(),
+                *((part, getattr(self, part)) for part in ("values", "moments", "paths")),
+            )
             for name, tensor in named.items()
         }
         write_whole(folder / _FILES[1], partial(save_file, tensors))
@@ -207,7 +216,8 @@ class Decision:
             part, _, name = key.partition("/")
             parts.setdefault(part, {})[name] = tensor
         # Its plan names all groups, also those that stay, so that they need not be found again.
-        (stage,) = PruningPlan.from_dict(entry["plan"]).stages
+        plan = PruningPlan.from_dict(entry["plan"])
+        (stage,) = plan.stages
         whole_ones = tuple(
             LeftWhole(tuple(w["names"]), w["reason"], None if w["kind"] is None else Kind(w["kind"]))
             for w in entry["left_whole"]
@@ -230,11 +240,13 @@ class Decision:
             seconds=entry["seconds"],
             loss=entry.get("loss"),
             reconstructed=entry.get("reconstructed", False),  # not written before 0.3
+            bypasses=plan.bypasses[0],
+            paths=parts.get("paths", {}),
         )
 
     def without_values(self) -> "Decision":
         """Return the same decision for a model whose weights have changed or will change until it is carried out."""
-        return replace(self, values={}, stamps={}, reconstructed=False)
+        return replace(self, values={}, stamps={}, reconstructed=False, bypasses=(), paths={})
 
 
 def _changed(model: nn.Module, stamps: Mapping[str, float]) -> list[str]:

@@ -9,6 +9,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from hap_hf.admission import NOT_ALIKE, admitted
+from hap_hf.bypassing import with_bypasses
 from hap_hf.checkpoint import check_recordable, record_plan
 from hap_hf.config import HapConfig
 from hap_hf.curvature import Watchable
@@ -22,6 +23,7 @@ from hap_hf.evidence.mean import mean_loss
 from hap_hf.evidence.memory import in_batches_that_fit
 from hap_hf.evidence.progress import job
 from hap_hf.model.rollback import undone_on_error
+from hap_hf.names.bypass import BypassPlan
 from hap_hf.reconstruction import Repair
 from hap_hf.report import Clock, PruningReport
 from hap_hf.report.last import note_report
@@ -206,7 +208,7 @@ def _carried_out(model: nn.Module, decision: Decision, optimizer: Optimizer | No
     evidence = given if model is given.model else replace(given, model=model)
     decision.check_fits(model)
     check_recordable(model, decision.plan)
-    repair = Repair(decision.values, decision.reconstructed)
+    repair = Repair(decision.values, decision.reconstructed, paths=decision.paths)
     after = cut_(evidence, decision.config, decision.plan, repair, decision.moments, optimizer, clock)
     loss = None if decision.loss is None else in_batches_that_fit(mean_loss, evidence)
     clock.lap("loss after")
@@ -227,6 +229,14 @@ def _with_choice(draft: Decision, config: HapConfig, clock: Clock) -> Decision:
     evidence.processes.check_same("plan", plain, NOT_ALIKE)
     clock.lap("selection")
     moments, repair = around_cut(evidence, config, choice.stage, draft.compensation, clock)
+    bypasses: tuple[BypassPlan, ...] = ()
+    # In the last round only, so that no path is scored before it has been trained.
+    if repair.gains and draft.place.number == draft.place.total:
+        measured = draft.compensation if config.compensates else None
+        found = with_bypasses(evidence, draft.discovery.groups, draft.scores, config, choice, repair, measured)
+        if found is not None:
+            choice, repair, bypasses = found.choice, found.repair, found.bypasses
+        clock.lap("bypasses")
     return replace(
         draft,
         stage=choice.stage,
@@ -235,5 +245,7 @@ def _with_choice(draft: Decision, config: HapConfig, clock: Clock) -> Decision:
         moments=moments,
         stamps=stamps_of(evidence.model, repair.values),
         reconstructed=repair.reconstructed,
+        bypasses=bypasses,
+        paths=repair.paths,
         seconds={**draft.seconds, **clock.seconds},
     )

@@ -40,6 +40,7 @@ REPAIRS: dict[str, dict[str, Any]] = {
     "none": {"compensate": False},
     "compensation": {"reconstruct": False},
     "reconstruction": {},
+    "bypasses": {"implants": "auto"},
 }
 
 

@@ -2,11 +2,24 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from enum import StrEnum
 from typing import Any
 
 from hap_hf.names.untrusted import MAX_SIZE, dotted_name, fixed_items, number, real
 
 MAX_STRIDE = 2**12
+
+
+class Implants(StrEnum):
+    """What stands in for units that go."""
+
+    ROWS = "rows"
+    """Cheaper rows in the layers that make the units, for the ``implant_ratio`` most sensitive of the cut ones, as
+    published."""
+    AUTO = "auto"
+    """Low-rank paths beside whole blocks, with as many directions as win more than the units that pay for them."""
+
+
 BYPASS = "bypass"
 """Under this name a bypass is a child of the layer whose output it adds to."""
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Self, TypeVar
 
 from hap_hf.errors import ConfigError
+from hap_hf.names.bypass import BypassPlan
 from hap_hf.names.group import Group
 from hap_hf.names.outcome import Footprint, footprint, whole
 from hap_hf.names.plan import GroupPlan
@@ -80,6 +81,17 @@ class Currency(ABC):
 
         Returns:
             The cost; None where only groups have one.
+        """
+        return None
+
+    def path_cost(self, bypass: BypassPlan) -> float | None:
+        """Return what a low-rank path beside a block costs, in the unit of :meth:`cost`.
+
+        Args:
+            bypass: The path.
+
+        Returns:
+            The cost, or None where it is not known; then there can be no bypasses.
         """
         return None
 
@@ -178,6 +190,10 @@ class Params(Currency):
         """Return the number of parameters that are left."""
         return footprint(plans).params
 
+    def path_cost(self, bypass: BypassPlan) -> float:
+        """Return its number of parameters."""
+        return float(bypass.params)
+
     def unit_cost(self, group: Group) -> float:
         """Return the number of parameters of one unit."""
         return max(1.0, float(group.params_per_unit))
@@ -197,6 +213,10 @@ class Macs(Currency):
     def cost(self, plans: Sequence[GroupPlan]) -> float:
         """Return the number of multiply-accumulates that are left."""
         return footprint(plans).macs
+
+    def path_cost(self, bypass: BypassPlan) -> float:
+        """Return its multiply-accumulates."""
+        return bypass.macs
 
     def unit_cost(self, group: Group) -> float:
         """Return the multiply-accumulates of one unit."""

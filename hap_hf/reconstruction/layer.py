@@ -9,7 +9,9 @@ from torch import Tensor, nn
 
 from hap_hf.curvature import accumulation_dtype
 from hap_hf.layers.projection import channel_dim, known, output_dim, spatial_dims
+from hap_hf.reconstruction.blocks import Block, PathGains, UnitEnergies
 from hap_hf.reconstruction.implanted import ImplantedRows
+from hap_hf.reconstruction.low_rank import fit_low_rank
 from hap_hf.reconstruction.ridge import Moments, fit_held_out
 from hap_hf.reconstruction.stream import Way
 
@@ -18,6 +20,9 @@ _HELD_OUT = 4
 
 _MOST_POSITIONS = 64
 """Of an image at most so many positions are looked at."""
+
+_MOST_DIRECTIONS = 64
+"""Of a path at most so many directions are looked at."""
 
 _LEAST_FACTOR = 1e-3
 """Outputs that reach the stream with less than this share of the largest factor are left as they are."""
@@ -49,12 +54,16 @@ class Fitted:
         shift: What is added to the stream because a batch norm took up the constant, ``[outputs, 1, ...]``.
         ridge: Strength of the regularisation; infinite where the layer stays as it is.
         left: Share of what the stream lacked that is left, on samples held out.
+        path: Weights of the path beside the block that ends here, from its input and to the output.
+        gains: What such a path would win, where that was asked.
     """
 
     values: dict[str, Tensor]
     shift: Tensor | None
     ridge: float
     left: float
+    path: tuple[Tensor, Tensor] | None = None
+    gains: PathGains | None = None
 
 
 class LayerFit:
@@ -74,6 +83,8 @@ class LayerFit:
         idle: Outputs of it that go.
         values: New values of parameters so far, by name.
         implanted: Outputs that an implant will compute.
+        block: The block that ends here, if a path may lie beside it.
+        rank: Of the path; None to find out what its directions would win, and go on without.
     """
 
     def __init__(
@@ -84,12 +95,16 @@ class LayerFit:
         idle: Iterable[int],
         values: Mapping[str, Tensor],
         implanted: ImplantedRows | None = None,
+        block: Block | None = None,
+        rank: int | None = None,
     ) -> None:
         self.path = path
         self._model = model
         self._module = model.get_submodule(path)
         self._values = values
         self._implanted = implanted
+        self._block, self._rank, self._beside = block, rank, 0
+        self._energies = UnitEnergies(block, self._module) if block is not None and rank is None else None
         self._names = {id(p): name for name, p in model.named_parameters()}
         weight = self._module.get_parameter("weight")
         self._out = output_dim(self._module)
@@ -107,7 +122,15 @@ class LayerFit:
     def _constant(self) -> bool:
         return self._takes_constant or self._shift is not None
 
-    def add(self, dense: Stop, pruned: Stop, index: int, num_samples: int, weights: Tensor | None) -> None:
+    def add(
+        self,
+        dense: Stop,
+        pruned: Stop,
+        index: int,
+        num_samples: int,
+        weights: Tensor | None,
+        beside: Tensor | None = None,
+    ) -> None:
         """Count in a batch.
 
         Args:
@@ -116,6 +139,7 @@ class LayerFit:
             index: Number of the batch among those of all processes.
             num_samples: Number of its samples.
             weights: Of its positions, in the shape of the input with one channel; all the same by default.
+            beside: Input of the block in the pruned model, at the positions of the output.
         """
         way = pruned.way
         dtype = accumulation_dtype(way.tip.dtype)
@@ -129,14 +153,18 @@ class LayerFit:
         dim = channel_dim(self._module)
         lacking = (dense.way.tip.to(dtype) - way.tip.to(dtype)) * inverse
         x = pruned.x.to(dtype).index_select(dim, self._kept)
+        inputs = [x] if beside is None else [x, beside.to(dtype)]
+        self._beside = 0 if beside is None else beside.shape[dim]
         for part, chosen in self._halves(len(x), max(len(x) // num_samples, 1), index):
-            if spatial_dims(self._module):
-                a, r = self._patches(x[chosen], lacking[chosen], index)
-            else:
-                a, r = x[chosen].flatten(0, -2), lacking[chosen].flatten(0, -2)
-            columns = [torch.ones_like(a[:, :1])] * self._constant + [a]
+            some = [t[chosen] for t in inputs]
             w = None if weights is None else weights[chosen].flatten()
-            for name, value in vars(Moments.of(torch.cat(columns, 1), r, w)).items():
+            a, r = self._rows(some, lacking[chosen], index)
+            columns = [torch.ones_like(a[:, :1])] * self._constant + [a]
+            sums = dict(vars(Moments.of(torch.cat(columns, 1), r, w)))
+            if self._energies is not None and part == "test":
+                own, _ = self._rows([dense.x.to(dtype)[chosen]], lacking[chosen], index)
+                sums["units"] = self._energies.moments(own, w)
+            for name, value in sums.items():
                 key = f"{part} {name}"
                 self.sums[key] = self.sums[key] + value if key in self.sums else value
 
@@ -146,30 +174,35 @@ class LayerFit:
         out = (torch.arange(size, device=self._kept.device) // rows + index) % _HELD_OUT == _HELD_OUT - 1
         return [("train", (~out).nonzero().flatten()), ("test", out.nonzero().flatten())]
 
-    def _patches(self, x: Tensor, lacking: Tensor, index: int) -> tuple[Tensor, Tensor]:
-        """Return patches of images and what their outputs lack, at some positions of each image.
+    def _rows(self, inputs: list[Tensor], lacking: Tensor, index: int) -> tuple[Tensor, Tensor]:
+        """Return what outputs are predicted from and what they lack; of images at some positions of each.
 
         Args:
-            x: Images, ``[images, inputs, *size]``.
-            lacking: What is to be predicted, ``[images, outputs, *output size]``.
+            inputs: Those of the layer, and those of the block if there are any.
+            lacking: What is to be predicted.
             index: Number of the batch: each has positions of its own.
 
         Returns:
-            ``[positions, inputs * taps]`` and ``[positions, outputs]``.
+            ``[positions, inputs * taps]``, and ``[positions, outputs]``.
 
         Raises:
             TypeError: If the kind of the layer does not know its patches.
         """
-        rows = known(self._module).rows(self._module, x, lacking.shape[2:])  # [images, inputs * taps, positions]
+        if not spatial_dims(self._module):
+            return torch.cat([x.flatten(0, -2) for x in inputs], 1), lacking.flatten(0, -2)
+        rows = known(self._module).rows(
+            self._module, inputs[0], lacking.shape[2:]
+        )  # [images, inputs * taps, positions]
         if rows is None:
             raise TypeError(f"{self.path} says that it knows its rows, and returns none")
-        lacking = lacking.flatten(2)
+        parts = [rows, *(x.flatten(2) for x in inputs[1:]), lacking.flatten(2)]
         # Neighbouring positions say nearly the same, and each of them costs the square of the size of a patch.
         if rows.shape[-1] > _MOST_POSITIONS:
             order = torch.randperm(rows.shape[-1], generator=torch.Generator().manual_seed(index), device="cpu")
             some = order[:_MOST_POSITIONS].sort().values.to(rows.device)
-            rows, lacking = rows.index_select(-1, some), lacking.index_select(-1, some)
-        return rows.movedim(1, -1).flatten(0, -2), lacking.movedim(1, -1).flatten(0, -2)
+            parts = [part.index_select(-1, some) for part in parts]
+        *predicting, lacking = (part.movedim(1, -1).flatten(0, -2) for part in parts)
+        return torch.cat(predicting, 1), lacking
 
     def solve(self, start: float) -> Fitted:
         """Fit the layer.
@@ -183,19 +216,36 @@ class LayerFit:
         parts = ("inputs", "across", "square")
         train, test = (Moments(*(self.sums[f"{half} {part}"] for part in parts)) for half in ("train", "test"))
         scale = (self._factor.double().square() * self._used).expand(len(self._used))
-        fit = fit_held_out(train, test, free=int(self._constant), scale=scale, start=start)
         values, shift, free = dict[str, Tensor](), None, int(self._constant)
+        own = len(train.inputs) - self._beside
+        fit = fit_held_out(train.first(own), test.first(own), free=free, scale=scale, start=start)
+        solution, ridge, left, path, gains = fit.solution, fit.ridge, fit.left, None, None
+        if self._block is not None:
+            rank = min(self._rank or _MOST_DIRECTIONS, self._beside, len(scale))
+            near = ridge if math.isfinite(ridge) else start
+            low = fit_low_rank(train, test, beside=self._beside, rank=rank, free=free, scale=scale, start=near)
+            if low is not None and self._rank is None:
+                gains = self._what_paths_win(low.gains, scale, left)
+            elif low is not None:
+                solution, ridge, path = low.solution, low.ridge, (low.down, low.up)
         weight = self._module.get_parameter("weight").detach()
-        if math.isfinite(fit.ridge):
-            values, shift = self._with_constant(fit.solution[0] if self._constant else None)
-            change = fit.solution[free:]
+        if math.isfinite(ridge):
+            values, shift = self._with_constant(solution[0] if self._constant else None)
+            change = solution[free:]
             weight = self._plus(change.T.reshape(change.shape[1], len(self._kept), -1))  # [outputs, inputs, taps]
         if self._implanted is not None:
-            moment = (train.inputs + test.inputs)[free:, free:]
+            moment = (train.inputs + test.inputs)[free:own, free:own]
             weight = self._implanted.approximated(self._module, weight, self._kept, moment)
-        if self._implanted is not None or math.isfinite(fit.ridge):
+        if self._implanted is not None or math.isfinite(ridge):
             values[f"{self.path}.weight"] = weight
-        return Fitted(values, shift, fit.ridge, fit.left)
+        return Fitted(values, shift, ridge, left, path, gains)
+
+    def _what_paths_win(self, gains: Tensor, scale: Tensor, left: float) -> PathGains:
+        """Return what the directions of a path would win, beside what the units that go added."""
+        assert self._block is not None and self._energies is not None  # noqa: PT018
+        energies = self._energies.of(self.sums["test units"], scale)
+        energy = energies[list(self._block.removed)].sum().item()
+        return PathGains(self._block, gains, energy, left)
 
     def _plus(self, added: Tensor) -> Tensor:
         """Return the weight with something added for the inputs that stay, ``[outputs, inputs, taps]``."""

@@ -2,8 +2,7 @@
 
 import logging
 import math
-from collections import Counter
-from collections.abc import Callable, Collection, Generator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -14,83 +13,23 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from hap_hf.evidence.batches import call, move_to_model
 from hap_hf.evidence.evidence import Evidence
 from hap_hf.evidence.precision import Precision
-from hap_hf.host import own_parameters
-from hap_hf.layers.projection import channel_dim, is_projection, known, on_input, output_dim
+from hap_hf.layers.bypass import Bypass
+from hap_hf.layers.projection import channel_dim, on_input
 from hap_hf.model.masking import Units, channels
 from hap_hf.model.state import restart_random_numbers
 from hap_hf.names.group import Role
+from hap_hf.reconstruction.blocks import Block, PathGains
 from hap_hf.reconstruction.implanted import ImplantedRows
 from hap_hf.reconstruction.layer import Fitted, LayerFit, Stop
 from hap_hf.reconstruction.pausing import PausedForward
+from hap_hf.reconstruction.stations import fitted_layers, stations
 from hap_hf.reconstruction.stream import Following, Way
 
 logger = logging.getLogger(__name__)
 
 _FIRST_RIDGE = 1e-2
-
-_MOST_OUTPUTS = 8
-"""Layers with more than so many times as many outputs as inputs stay as they are: vocabularies, whose fit is dear."""
-
-
-def fitted_layers(model: nn.Module) -> list[str]:
-    """Return the layers that can be fitted: those whose input and output tell what their weight does.
-
-    Args:
-        model: Any model.
-
-    Returns:
-        Names of linear layers and convolutions that have their weights for themselves and compute what these say.
-    """
-    # By module and not by name: one module under two paths has one input and one answer.
-    users = Counter(id(p) for module in model.modules() for p in own_parameters(module).values() if p is not None)
-    return [
-        path
-        for path, module in model.named_modules()
-        if is_projection(module) and known(module).fixed and known(module).knows_rows(module)
-        if all(users[id(p)] == 1 for p in own_parameters(module).values() if p is not None)
-        if _is_worth_it(module)
-    ]
-
-
-def _is_worth_it(module: nn.Module) -> bool:
-    weight = module.get_parameter("weight")
-    out = output_dim(module)
-    return weight.shape[out] <= _MOST_OUTPUTS * weight.shape[1 - out]
-
-
-def stations(evidence: Evidence, paths: Sequence[str]) -> dict[str, int]:
-    """Return where the outputs of layers meet a residual stream, in the order in which the model calls the layers.
-
-    Args:
-        evidence: The model and batches, of which the example is computed once.
-        paths: Names of the layers in question.
-
-    Returns:
-        For each layer that is called exactly once the number of operations from its output to the last addition of a
-        stream; 0 where none is added.
-    """
-    model, calls, met = evidence.model, list[str](), dict[str, int]()
-
-    def note(way: Way) -> None:
-        met[calls[-1]] = way.steps
-
-    following = Following(note)
-
-    def began(path: str, module: nn.Module, args: Any, out: Tensor) -> None:
-        calls.append(path)
-        following.way = Way.of(out, channel_dim(module))
-
-    handles = [model.get_submodule(path).register_forward_hook(partial(began, path)) for path in paths]
-    try:
-        with evidence.ready({}, "reconstruction", "batch"), torch.no_grad(), following:
-            call(model, move_to_model(model, evidence.example))
-    finally:
-        for handle in handles:
-            handle.remove()
-    return {path: met.get(path, 0) for path in calls if calls.count(path) == 1}
 
 
 class Walk:
@@ -105,10 +44,21 @@ class Walk:
         evidence: The model with all its units, which is left as found, and the batches.
         gone: The units that go.
         implanted: What implants will compute, by the name of the layer.
+        blocks: Blocks that paths may lie beside, by the name of their last layer.
+        ranks: Of the paths, by the same names; None to find out what paths would win, and go on without.
+
+    Attributes:
+        paths: Weights of the paths that were fitted, from the input and to the output, by the same names.
+        gains: What paths would win.
     """
 
     def __init__(
-        self, evidence: Evidence, gone: Units, implanted: Mapping[str, ImplantedRows] = MappingProxyType({})
+        self,
+        evidence: Evidence,
+        gone: Units,
+        implanted: Mapping[str, ImplantedRows] = MappingProxyType({}),
+        blocks: Mapping[str, Block] = MappingProxyType({}),
+        ranks: Mapping[str, int] | None = None,
     ) -> None:
         gone = [(group, list(units)) for group, units in gone]
         # What is fitted is what the model computes by itself, whatever it was scored in.
@@ -118,6 +68,12 @@ class Walk:
         self._order = {path: place for place, path in enumerate(self._steps)}
         self._removed = {path: sorted(set(index)) for path, index in channels(gone, {Role.CONSUMER}).items()}
         self._implanted = implanted
+        self._blocks = {path: b for path, b in blocks.items() if ranks is None or path in ranks}
+        self._ranks = ranks or {}
+        self._entered: dict[tuple[PausedForward, str], Tensor] = {}
+        self._bypasses = [m for m in evidence.model.modules() if isinstance(m, Bypass)]
+        self.paths: dict[str, tuple[Tensor, Tensor]] = {}
+        self.gains: list[PathGains] = []
         self._idle = channels(gone, {Role.PRODUCER, Role.FACTOR})
         self._pruned: set[PausedForward] = set()
         self._following: dict[PausedForward, Following] = {}
@@ -159,14 +115,16 @@ class Walk:
                 stops: dict[PausedForward, Stop | None] = {}
                 for path in self._steps:
                     removed, idle = self._removed.get(path, []), self._idle.get(path, ())
-                    fit = LayerFit(self._model, path, removed, idle, self._values, self._implanted.get(path))
+                    beside = self._blocks.get(path), self._ranks.get(path)
+                    fit = LayerFit(self._model, path, removed, idle, self._values, self._implanted.get(path), *beside)
                     for index, ((batch, sample), pair) in enumerate(zip(samples, pairs, strict=True)):
                         for forward in pair:
                             self._advance(forward, path, stops)
                         dense, pruned = (stops[forward] for forward in pair)
                         if dense is not None and pruned is not None and dense.path == pruned.path == path:
                             number = self._evidence.processes.number(index)
-                            fit.add(dense, pruned, number, sample.num_rows, _real(batch, pruned.x))
+                            x = self._entered.get((pair[1], path))
+                            fit.add(dense, pruned, number, sample.num_rows, _real(batch, pruned.x), x)
                         tick()
                     fit.sums = self._evidence.processes.summed("layer inputs", fit.sums)
                     if fit.sums:
@@ -181,6 +139,10 @@ class Walk:
         """Let the pruned model go on with a layer's new values; return the strength to begin with at the next one."""
         self._evidence.processes.adopt_first_("reconstructed weights", fitted.values.values())
         self._values |= fitted.values
+        if fitted.path is not None:
+            self._evidence.processes.adopt_first_("bypasses", fitted.path)
+            self.paths[path] = fitted.path
+        self.gains += [] if fitted.gains is None else [fitted.gains]
         if fitted.shift is not None:
             self._shifts[path] = fitted.shift
         logger.debug("%s: ridge %g, %.3f of what it lacks is left", path, fitted.ridge, fitted.left)
@@ -210,8 +172,10 @@ class Walk:
     def _hooked(self) -> Generator[None]:
         """Silence units in the forward passes of the pruned model, and stop behind the layers."""
         handles = [on_input(self._module(p), partial(self._silenced, p)) for p in self._removed]
+        handles += [on_input(self._module(b.entry), partial(self._came_in, p)) for p, b in self._blocks.items()]
+        # Before the hooks of the model: what a bypass of it adds behind the layer is one more stream.
         handles += [
-            self._module(p).register_forward_hook(partial(self._came_out, p), with_kwargs=True)
+            self._module(p).register_forward_hook(partial(self._came_out, p), with_kwargs=True, prepend=True)
             for p in {**self._steps, **dict.fromkeys(self._done)}
         ]
         try:
@@ -226,6 +190,12 @@ class Walk:
             return None
         index = torch.tensor(self._removed[path], dtype=torch.long, device=x.device)
         return x.index_fill(channel_dim(self._module(path)), index, 0)
+
+    def _came_in(self, path: str, x: Tensor) -> None:
+        """Keep the input of a block of the pruned model until its last layer is fitted."""
+        forward = PausedForward.running()
+        if forward is not None and forward in self._pruned and not self._computing:
+            self._entered[forward, path] = self._blocks[path].aligned(x).clone()
 
     def _came_out(
         self, path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor
@@ -260,7 +230,11 @@ class Walk:
 
     def _stop(self, forward: PausedForward, stop: Stop) -> None:
         """Wait until the layer is fitted, and go on with what it computes then."""
+        # Of a model that has bypasses, each pass has its own directions under way.
+        under_way = [bypass.handed.value for bypass in self._bypasses]
         forward.pause(stop)
+        for bypass, value in zip(self._bypasses, under_way, strict=True):
+            bypass.handed.value = value
         # Others have drawn meanwhile; from here on the dense and the pruned pass must draw the same.
         restart_random_numbers(self._model, self._evidence.seed + 1 + self._order[stop.path])
         if forward in self._pruned:
@@ -269,17 +243,35 @@ class Walk:
             stop.way.tip.add_((stop.way.factor * change).to(stop.way.tip.dtype))
             if stop.path in self._shifts:
                 stop.way.tip.add_(self._shifts[stop.path])
+            self._entered.pop((forward, stop.path), None)
 
     def _computed(self, path: str, x: Tensor) -> Tensor:
         """Return the output of a layer with the values that it has by now, in the dtype of its weight."""
-        own = {n.removeprefix(f"{path}."): v for n, v in self._values.items() if n.startswith(f"{path}.")}
-        module, self._computing = self._module(path), True
+        own = {f"layer.{n.removeprefix(f'{path}.')}": v for n, v in self._values.items() if n.startswith(f"{path}.")}
+        module, forward = self._module(path), PausedForward.running()
+        self._computing = True
         try:
             # Models that are trained in half precision may compute in it by themselves, and this may be inside or not.
             with torch.autocast(x.device.type, enabled=False):
-                out: Tensor = functional_call(module, own, (x.to(module.get_parameter("weight").dtype),))
+                dtype = module.get_parameter("weight").dtype
+                out: Tensor = functional_call(_WithoutHooks(module), own, (x.to(dtype),))
         finally:
             self._computing = False
+        if forward is None or path not in self.paths or (forward, path) not in self._entered:
+            return out
+        (down, up), dim = (w.to(dtype) for w in self.paths[path]), channel_dim(module)
+        return out + (self._entered[forward, path].to(dtype).movedim(dim, -1) @ down.T @ up.T).movedim(-1, dim)
+
+
+class _WithoutHooks(nn.Module):
+    """A layer as its forward computes it, whatever hooks do around it."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.layer.forward(x)
         return out
 
 

@@ -1,6 +1,7 @@
 """Making a model smaller: everything here reads a plan, never a score."""
 
 from hap_hf.surgery.apply import apply_plan_, check_plan
+from hap_hf.surgery.bypass import bypassed, takes_bypass
 from hap_hf.surgery.calibration import ImplantInit, collect_input_moments
 from hap_hf.surgery.freezing import checked_patterns, train_only_implants_
 from hap_hf.surgery.optimizer import carry_optimizer_state_
@@ -9,11 +10,13 @@ from hap_hf.surgery.recalibration import recalibrate_batch_norms_, renew_statist
 __all__ = [
     "ImplantInit",
     "apply_plan_",
+    "bypassed",
     "carry_optimizer_state_",
     "check_plan",
     "checked_patterns",
     "collect_input_moments",
     "recalibrate_batch_norms_",
     "renew_statistics_",
+    "takes_bypass",
     "train_only_implants_",
 ]

@@ -1,7 +1,8 @@
 """Putting bypasses beside blocks that were cut."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from hap_hf.layers.projection import has_implant, input_dim, is_projection, know
 from hap_hf.model.change import TensorChange
 from hap_hf.model.placement import take_over_placement_
 from hap_hf.names.bypass import BYPASS, BypassPlan
-from hap_hf.surgery.undo import Undo, remember_
+from hap_hf.surgery.undo import Undo, remember_, undo_
 
 
 def takes_bypass(entry: nn.Module, exit_: nn.Module) -> bool:
@@ -57,6 +58,23 @@ def bypass_problems(bypasses: Sequence[BypassPlan], modules: Mapping[str, nn.Mod
                 f"bypass of {b.exit}: {b.spatial_dims} dimensions and a stride of {b.stride} do not fit a "
                 f"{type(modules[b.exit]).__name__}"
             )
+
+
+@contextmanager
+def bypassed(model: nn.Module, bypasses: Sequence[BypassPlan], values: Mapping[str, Tensor]) -> Generator[None]:
+    """Let paths lie beside the blocks of a model inside the block.
+
+    Args:
+        model: The model, with all its units; no weight of it is touched.
+        bypasses: The paths, with the inputs and outputs that there are.
+        values: Weights by name.
+    """
+    undo: Undo = []
+    try:
+        attach_bypasses_(model, bypasses, (), values, undo)
+        yield
+    finally:
+        undo_(undo)
 
 
 def attach_bypasses_(

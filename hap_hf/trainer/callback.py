@@ -28,7 +28,7 @@ from hap_hf.trainer.distributed import check_arguments, check_wrapping, processe
 from hap_hf.trainer.evidence import kept, look_ahead, training_evidence
 from hap_hf.trainer.freezing import check_beginning, check_freezing, freeze_the_rest_
 from hap_hf.trainer.given import plan_or_config
-from hap_hf.trainer.growing import GrowingReg
+from hap_hf.trainer.growing import GrowingReg, regularisation
 from hap_hf.trainer.growth import Growth, check_growing
 from hap_hf.trainer.host import calling_trainer
 from hap_hf.trainer.optimizers import bare_optimizer, check_optimizer
@@ -125,7 +125,7 @@ class HessianPruner(Shrinks, ExportableState):
         self.interval = interval
         self.ramp = ramp
         self.rewind = rewind
-        self.regularise = GrowingReg.from_dict(regularise) if isinstance(regularise, Mapping) else regularise
+        self.regularise = regularisation(self.config, regularise)
         self.train_only_implants = train_only_implants
         implants = self._plan.has_implants if self._plan is not None else self.config.implant_ratio > 0
         self.also_train = check_freezing(self.config, train_only_implants, also_train, implants=implants)

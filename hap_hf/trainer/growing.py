@@ -5,7 +5,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Self
 
+from hap_hf.config import HapConfig
 from hap_hf.errors import ConfigError
+from hap_hf.names.bypass import Implants
 from hap_hf.names.checks import boolean, meant, member, share
 from hap_hf.surgery.shrinking import Shrunk
 from hap_hf.trainer.schedule import steps_of
@@ -158,3 +160,24 @@ def increments(settings: GrowingReg, rates: Sequence[float]) -> tuple[float, flo
 
     first = solved(settings.picking_ratio, rates[:picking], 0) if picking else 0.0
     return first, solved(settings.ratio, rates[picking : picking + growing], picking)
+
+
+def regularisation(config: HapConfig, given: GrowingReg | Mapping[str, Any] | None) -> GrowingReg | None:
+    """Return the regularisation that a training asks for.
+
+    Args:
+        config: How the model is pruned.
+        given: The regularisation, or its settings as a checkpoint has them.
+
+    Returns:
+        The regularisation; None for none.
+
+    Raises:
+        ConfigError: If units cannot shrink with these settings.
+    """
+    if given is not None and config.implants is Implants.AUTO:
+        raise ConfigError(
+            "regularise shrinks units that are chosen early, and implants='auto' chooses units together with the paths "
+            "beside their blocks when the model is cut; use one of them"
+        )
+    return GrowingReg.from_dict(given) if isinstance(given, Mapping) else given

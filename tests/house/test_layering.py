@@ -28,7 +28,7 @@ LAYERS = [
     {"checkpoint"},
     {"bits"},
     {"admission"},
-    {"cut"},
+    {"cut", "bypassing"},
     {"pipeline"},
     {"planned", "floor"},
     {"tradeoff"},
