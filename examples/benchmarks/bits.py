@@ -150,9 +150,11 @@ def measure(subject: Subject, name: str, own: argparse.Namespace) -> Row:
             results |= {"bits": dict(allocation.bits), "expected_rise": allocation.rise}
         quantize_(model, subject.batches, config)
         if version.trained:
-            subject.fine_tune_(model, [QuantizeAware(config)], **training)
+            # With few bits statistics move while the training makes up for the rounding; gradients are large at first.
+            rounding = QuantizeAware(config, freeze_batch_norms=version.bits == 8)
+            subject.fine_tune_(model, [rounding], **training, max_grad_norm=1.0)
     elif version.trained:
-        subject.fine_tune_(model, **training)
+        subject.fine_tune_(model, **training, max_grad_norm=1.0)
     folder = own.work_dir / name.replace(" ", "-")
     model.save_pretrained(folder)
     results |= {"accuracy": subject.accuracy(model), "bytes": (folder / "model.safetensors").stat().st_size}

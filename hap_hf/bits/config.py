@@ -28,6 +28,7 @@ class BitConfig:
             it holds them all.
         exclude: Glob patterns of layers that stay in floating point.
         embeddings: Whether the rows of embeddings are rounded, too.
+        recalibrate: Whether statistics of batch norms follow what the rounding does to their inputs.
         max_batches: Use at most this many batches; None for all.
         seed: Seed of the order in which training data is drawn.
 
@@ -41,6 +42,7 @@ class BitConfig:
     ranges: str = "ema"
     exclude: Sequence[str] = ()
     embeddings: bool = True
+    recalibrate: bool = True
     max_batches: int | None = 16
     seed: int = field(default=0)
 
@@ -57,6 +59,7 @@ class BitConfig:
         if self.ranges not in {"ema", "minmax"}:
             raise ConfigError(f"ranges must be one of ['ema', 'minmax'], got {self.ranges!r}")
         boolean("embeddings", self.embeddings)
+        boolean("recalibrate", self.recalibrate)
         if self.max_batches is not None:
             at_least("max_batches", self.max_batches, 1)
         at_least("seed", self.seed, 0)

@@ -3,6 +3,7 @@
 import logging
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -20,9 +21,10 @@ from hap_hf.host import own_parameters
 from hap_hf.layers.kind import kind_of
 from hap_hf.layers.quantized import can_be_quantized, channel_dim, inputs_of, product_of, weight_names
 from hap_hf.model.bare import check_bare
-from hap_hf.model.quantizing import apply_bits_, file_bytes, remove_bits_, saved_state
+from hap_hf.model.quantizing import apply_bits_, file_bytes, quantized_layers, remove_bits_, saved_state
 from hap_hf.model.state import preserved
 from hap_hf.names.bits import BitPlan, LayerBits, Rounding, Stored
+from hap_hf.surgery import Statistics, shift_statistics_, statistics_of
 
 logger = logging.getLogger(__name__)
 
@@ -73,6 +75,7 @@ def quantize_(
             + "; ".join(f"{name}: {why}" for name, why in list(left.items())[:3])
         )
     plan = BitPlan(chosen, Rounding(config.activations), Stored.CODES)
+    statistics = _statistics(model, drawn, processes) if config.recalibrate else None
     apply_bits_(model, plan)
     try:
         with processes.agreeing("quantizing"):
@@ -80,12 +83,41 @@ def quantize_(
         ranges = folded(of_all_processes(seen, processes), moving=config.ranges == "ema")
         _warn_of_constants(ranges)
         set_ranges_(model, ranges)
+        if statistics:
+            with processes.agreeing("recalibration"), _inputs_in_floating_point(model):
+                shift_statistics_(model, drawn, statistics, processes=processes)
         record_bits(model, plan)
     except BaseException:
         remove_bits_(model)
         raise
     after = file_bytes(saved_state(model, model.state_dict(), Stored.CODES))
     return BitReport(plan, left, before, after, time.perf_counter() - begun)
+
+
+def _statistics(model: nn.Module, batches: Sequence[Batch], processes: Processes) -> Statistics | None:
+    """Return the statistics of batch norms before anything is rounded, or None where the batches do not allow it."""
+    try:
+        with processes.agreeing("recalibration"):
+            return statistics_of(model, batches, processes=processes)
+    except BatchError as error:
+        logger.warning("batch norms keep the statistics from before the rounding: %s", error)
+        return None
+
+
+@contextmanager
+def _inputs_in_floating_point(model: nn.Module) -> Iterator[None]:
+    """Let quantized layers round their weights alone.
+
+    While statistics are taken, batch norms normalise by the batch at hand, for which the ranges need not be made.
+    """
+    before = [(layer, layer.bits) for _, layer in quantized_layers(model)]
+    try:
+        for layer, bits in before:
+            layer.bits = LayerBits(bits.weight, None)
+        yield
+    finally:
+        for layer, bits in before:
+            layer.bits = bits
 
 
 def check_quantizable(model: nn.Module) -> None:

@@ -5,10 +5,17 @@ from hap_hf.surgery.bypass import bypassed, takes_bypass
 from hap_hf.surgery.calibration import ImplantInit, collect_input_moments
 from hap_hf.surgery.freezing import checked_patterns, train_only_implants_
 from hap_hf.surgery.optimizer import carry_optimizer_state_
-from hap_hf.surgery.recalibration import recalibrate_batch_norms_, renew_statistics_
+from hap_hf.surgery.recalibration import (
+    Statistics,
+    recalibrate_batch_norms_,
+    renew_statistics_,
+    shift_statistics_,
+    statistics_of,
+)
 
 __all__ = [
     "ImplantInit",
+    "Statistics",
     "apply_plan_",
     "bypassed",
     "carry_optimizer_state_",
@@ -17,6 +24,8 @@ __all__ = [
     "collect_input_moments",
     "recalibrate_batch_norms_",
     "renew_statistics_",
+    "shift_statistics_",
+    "statistics_of",
     "takes_bypass",
     "train_only_implants_",
 ]

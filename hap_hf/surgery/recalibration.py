@@ -97,6 +97,54 @@ def renew_statistics_(
     return changes
 
 
+Statistics = dict[str, tuple[Tensor, Tensor]]
+"""Mean and variance of what goes into each batch norm, by its name."""
+
+
+def statistics_of(model: nn.Module, batches: Iterable[Any], *, processes: Processes = ALONE) -> Statistics:
+    """Return the statistics of what goes into the batch norms of a model, each normalising by its own batch.
+
+    Args:
+        model: The model, which is left as found.
+        batches: Inputs for the model; labels are not needed.
+        processes: The processes whose batches count; ``batches`` are the share of this one.
+
+    Returns:
+        The statistics.
+
+    Raises:
+        BatchError: As for :func:`recalibrate_batch_norms_`.
+    """
+    return {norm.name: norm.averages() for norm in _measured(model, batches, processes, normalise=True)}
+
+
+def shift_statistics_(
+    model: nn.Module, batches: Iterable[Any], before: Statistics, *, processes: Processes = ALONE
+) -> None:
+    """Let the statistics of batch norms follow a small change of the layers before them.
+
+    Means move by the difference and variances by the ratio of what the same batches give before and after the change.
+    So a few samples are enough, which would be too few to estimate the statistics themselves from: without a change
+    nothing moves.
+
+    Reference: Nagel et al., "Data-free quantization through weight equalization and bias correction", ICCV 2019, who
+    correct biases for the shift of the mean.
+
+    Args:
+        model: The model after the change.
+        batches: The same inputs.
+        before: What :func:`statistics_of` returned before the change.
+        processes: As for :func:`statistics_of`.
+
+    Raises:
+        BatchError: As for :func:`recalibrate_batch_norms_`; the model is then as it was.
+    """
+    for norm in _measured(model, batches, processes, normalise=True):
+        (mean, var), (old_mean, old_var) = norm.averages(), before[norm.name]
+        ratio = torch.where(old_var > 0, var / old_var, 1.0)
+        norm.write(norm.running_mean + mean - old_mean, norm.running_var * ratio)
+
+
 def _measured(
     model: nn.Module, batches: Iterable[Any], processes: Processes, *, normalise: bool
 ) -> "list[_Statistics]":
