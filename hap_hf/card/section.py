@@ -12,6 +12,18 @@ BEGIN, END = "<!-- pruning: begin -->", "<!-- pruning: end -->"
 
 _WHAT = """Units of {} that its loss can do without were removed by
 [hap_hf](https://arxiv.org/abs/2101.08940), Hessian-aware structured pruning."""
+_TITLES = {
+    "widths": "Widths before and after",
+    "heads": "Sensitivity of heads by layer",
+    "threshold": "How sure the choice is",
+}
+_CAPTIONS = {
+    "widths": "A bar for each layer: dark is kept, hatched a cheaper stand-in, white is gone.",
+    "heads": """A mark for each head, the further right the more the loss would rise without it: circles are kept,
+crosses are gone. The line through a mark is two standard errors to either side.""",
+    "threshold": """All units in the order of their sensitivity. For those that are black other batches might have
+decided otherwise; near the cut it matters little which of them go.""",
+}
 _LIMITS = """Without `import hap_hf` transformers stops at shapes that do not match. Programs that build models from
 their config alone (vLLM, llama.cpp and others) cannot load this checkpoint. Scores and compensation come from a few
 batches of the training data; what was not in them may have suffered more than the numbers above say."""
@@ -50,7 +62,7 @@ def section(facts: CardFacts, name: str) -> str:
         "\n".join(["```python", *code, "```"]),
         "\n".join(_table(facts)),
         "\n".join(f"- {line}" for line in plan_in_words(facts.plan)),
-        "\n\n".join(f"![{picture.partition('.')[0]}]({picture})" for picture in facts.pictures),
+        "\n\n".join(_pictured(picture) for picture in facts.pictures),
         "### Limits",
         _LIMITS,
         "### Citation",
@@ -77,8 +89,17 @@ def plan_in_words(plan: PruningPlan) -> list[str]:
             units = counts(
                 sum(g.group.num_units for g in before), sum(g.kept for g in after), sum(g.implanted for g in after)
             )
-            lines.append(f"{kind.value}: {units} in {len(before)} layers, {widths[0]} to {widths[-1]} of them in each")
+            lines.append(
+                f"{kind.value}: {units} in {len(before)} layers, {widths[0]:,} to {widths[-1]:,} of them in each"
+            )
     return lines
+
+
+def _pictured(picture: str) -> str:
+    """Return a picture with what can be seen on it."""
+    name = picture.partition(".")[0]
+    shown = f"![{_TITLES.get(name, name)}]({picture})"
+    return f"{shown}\n\n*{_CAPTIONS[name]}*" if name in _CAPTIONS else shown
 
 
 def _table(facts: CardFacts) -> Iterator[str]:

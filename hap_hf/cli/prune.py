@@ -65,7 +65,7 @@ def prune(
         recover(setup, out, epochs=epochs, learning_rate=learning_rate, batch_size=batch_size, seed=seed)
         results |= _judged(setup, "after training")
     before, after = milliseconds((dense, setup.model), setup.batches[0])
-    latency = (before, after, f"of {batch_size} on {platform.machine()} with {torch.get_num_threads()} threads")
+    latency = (before, after, f"of {batch_size} on {platform.machine()}, threads: {torch.get_num_threads()}")
     _save(setup, report, results, given, out, latency)
     metric = setup.task.metric
     table = "\n".join(f"{metric} {when}: {value:.1%}" for when, value in results.items())

@@ -85,7 +85,7 @@ def table(found: tradeoff.Tradeoff) -> str:
             f"{point.macs:,.0f}",
             "" if point.milliseconds is None else f"{point.milliseconds:.1f}",
             f"{point.loss:.4g}",
-            f"{point.value:.4g}",
+            f"{point.value:.4f}" if found.higher_is_better else f"{point.value:.4g}",
         )
         for point in found.points
     ]

@@ -146,7 +146,9 @@ def _table(sweep: Tradeoff) -> str:
         name = "dense" if point is sweep.dense else f"{point.keep:.4g}"
         time = "" if point.milliseconds is None else f"{point.milliseconds:.2f}"
         cells = [f"{point.params:,.0f}", f"{point.macs:,.0f}", time, f"{point.loss:.4g}"]
-        cells += [] if sweep.metric == "loss" else [f"{point.value:.4g}"]
+        cells += (
+            [] if sweep.metric == "loss" else [f"{point.value:.4f}" if sweep.higher_is_better else f"{point.value:.4g}"]
+        )
         row = "".join(f"<td>{html.escape(cell)}</td>" for cell in cells)
         lines.append(f'<tr><th scope="row">{html.escape(name)}</th>{row}</tr>')
     return "\n".join([*lines, "</tbody></table>"])

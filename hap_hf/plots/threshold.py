@@ -7,6 +7,8 @@ from hap_hf.errors import ConfigError
 from hap_hf.plots.picture import DARK, LIGHT, MIDDLE, SMALL, TEXT, Picture
 from hap_hf.report import PruningReport
 
+_MANY = 1000
+
 
 def plot_threshold(report: PruningReport) -> Picture:
     """Draw all units in the order of their sensitivity, and which of them lie within two standard errors of the cut.
@@ -44,8 +46,12 @@ def plot_threshold(report: PruningReport) -> Picture:
     rank = torch.arange(len(value))
     low = (value - 2 * error).clamp(min=1e-3)
     axes.fill_between(rank, low, value + 2 * error, color=LIGHT, step="mid", linewidth=0, label="± 2 standard errors")
-    axes.scatter(rank[~near], value[~near].clamp(min=1e-3), s=5, color=MIDDLE, label="decided")
-    axes.scatter(rank[near], value[near], s=12, marker="D", color=DARK, label="within two standard errors of the cut")
+    # Of thousands, marks of the usual size would hide each other.
+    small, large, larger = (5, 12, 1) if len(value) < _MANY else (2, 3, 2)
+    axes.scatter(rank[~near], value[~near].clamp(min=1e-3), s=small, color=MIDDLE, label="decided")
+    axes.scatter(
+        rank[near], value[near], s=large, marker="D", color=DARK, label="within two standard errors of the cut"
+    )
     axes.axhline(1, color=DARK, linestyle=(0, (3, 1)), linewidth=1.2, label="cut")
     axes.set_yscale("log")
     # Far from the cut nothing is decided.
@@ -54,5 +60,5 @@ def plot_threshold(report: PruningReport) -> Picture:
     axes.set_ylabel("sensitivity / sensitivity at the cut", fontsize=TEXT)
     axes.set_title(f"{int(near.sum()):,} of {len(value):,} units lie within two standard errors", fontsize=TEXT)
     axes.tick_params(labelsize=SMALL)
-    picture.legend(loc="outside lower center", ncols=4, fontsize=SMALL, frameon=False)
+    picture.legend(loc="outside lower center", ncols=4, fontsize=SMALL, frameon=False, markerscale=larger)
     return picture

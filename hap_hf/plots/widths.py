@@ -1,6 +1,7 @@
 """Widths before and after."""
 
 from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator
 
 from hap_hf.errors import ConfigError
 from hap_hf.names.group import Kind
@@ -48,6 +49,7 @@ def plot_widths(report: PruningReport) -> Picture:
         axes.set_ylim(len(shown) - 0.4, -0.6)
         axes.set_xlim(0, max(g.units for g in shown) * 1.4)
         axes.tick_params(axis="x", labelsize=SMALL)
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         axes.spines[["top", "right"]].set_visible(False)
     looks = [("kept", "0.35", None), ("implant", "white", "//////"), ("removed", "white", None)]
     handles = [

@@ -16,15 +16,20 @@ from hap_hf.criteria import Scores
 from hap_hf.decision import Decision
 from hap_hf.errors import ConfigError
 from hap_hf.evidence.batches import Batch, call, move_to_model
+from hap_hf.evidence.evidence import Evidence
 from hap_hf.evidence.losses import LossFunction
 from hap_hf.evidence.mean import mean_loss
+from hap_hf.evidence.progress import job, part
 from hap_hf.model.state import preserved
 from hap_hf.names.actions import PRUNE, encode_actions
 from hap_hf.names.amount import Amount
 from hap_hf.names.group import Group, Kind
 from hap_hf.pipeline import carry_out_, decide, decide_again
+from hap_hf.selection.passes import num_parts
 from hap_hf.tradeoff.values import LOSS, Tradeoff, TradeoffGroup, TradeoffPoint
 
+_PARTS = 3
+"""Of the job for each amount: what its repair, its loss and its judge take."""
 _FEWEST, _MOST, _SECONDS = 7, 50, 0.1
 """Turns that are taken at least; more while they are short, as a busy machine slows whole stretches of them."""
 
@@ -66,30 +71,31 @@ def measure_tradeoff(
         raise ConfigError(f"expected shares to keep in (0, 1), got {list(keeps)}; 0.5 keeps half")
     settings = [_asking(config, keep) for keep in wanted]
     evidence = settings[-1].evidence(model, batches, loss_fn=loss_fn)
-    decision = decide(evidence, settings[-1])
-    loss = decision.loss if decision.loss is not None else mean_loss(evidence)
-    value = evaluate(model) if evaluate else loss
-    first = TradeoffPoint(1.0, decision.before.params, decision.before.macs, loss, value)
-    points, dense_times = [], []
-    for asked in settings:
-        again, pruned = decide_again(decision, asked), copy.deepcopy(model)
-        report = carry_out_(pruned, again)
-        loss = report.loss_after if report.loss_after is not None else mean_loss(replace(evidence, model=pruned))
-        point = TradeoffPoint(
-            asked.asked.keep,
-            report.after.params,
-            report.after.macs,
-            loss,
-            evaluate(pruned) if evaluate else loss,
-            predicted=_predicted(again),
-            actions={g.group.name: encode_actions(g.actions) for g in again.stage},
-        )
-        if timed:
-            dense_time, own = milliseconds((model, pruned), evidence.example)
-            dense_times.append(dense_time)
-            point = replace(point, milliseconds=own)
-        points.append(point)
-    points.insert(0, replace(first, milliseconds=min(dense_times)) if timed else first)
+    parts = num_parts(settings[-1]) + _PARTS * len(settings)
+    with job("trying amounts", parts, shown=evidence.progress):
+        decision = decide(evidence, settings[-1])
+        loss = decision.loss if decision.loss is not None else mean_loss(evidence)
+        value = _judged(evaluate, model, evidence) if evaluate else loss
+        points, pairs = [TradeoffPoint(1.0, decision.before.params, decision.before.macs, loss, value)], []
+        for asked in settings:
+            again, pruned = decide_again(decision, asked), copy.deepcopy(model)
+            report = carry_out_(pruned, again)
+            loss = report.loss_after if report.loss_after is not None else mean_loss(replace(evidence, model=pruned))
+            points.append(
+                TradeoffPoint(
+                    asked.asked.keep,
+                    report.after.params,
+                    report.after.macs,
+                    loss,
+                    _judged(evaluate, pruned, evidence) if evaluate else loss,
+                    predicted=_predicted(again),
+                    actions={g.group.name: encode_actions(g.actions) for g in again.stage},
+                )
+            )
+            if timed:
+                pairs.append(milliseconds((model, pruned), evidence.example))
+    if timed:
+        points = [replace(p, milliseconds=t) for p, t in zip(points, _comparable(pairs), strict=True)]
     groups = tuple(_scored(group, decision.scores) for group in decision.discovery.groups)
     counted_in = config.asked.what.name
     machine = f"{platform.machine()}, threads: {torch.get_num_threads()}" if timed else ""
@@ -103,6 +109,29 @@ def _scored(group: Group, scores: Scores) -> TradeoffGroup:
     known = group.kind is Kind.HEADS and group.name in scores.sensitivity
     values = [tuple(s[group.name].tolist()) if known else () for s in (scores.sensitivity, scores.standard_error)]
     return TradeoffGroup(group.name, group.kind.value, group.num_units, *values)
+
+
+def _judged(evaluate: Callable[[nn.Module], float], model: nn.Module, evidence: Evidence) -> float:
+    """Return the metric of a model, as a part of the job."""
+    with part("judging", "model", 1, shown=evidence.progress) as step:
+        value = evaluate(model)
+        step()
+    return value
+
+
+def _comparable(pairs: Sequence[Sequence[float]]) -> list[float]:
+    """Return the time of the dense model and of each pruned one, from the two in turns.
+
+    A machine that does something else for a while slows both of a pair, so that their ratio is what counts.
+
+    Args:
+        pairs: Time of the dense model and of a pruned one.
+
+    Returns:
+        The shortest time of the dense model, and in each pair's ratio to it those of the pruned ones.
+    """
+    dense = min(before for before, _ in pairs)
+    return [dense, *(dense * after / before for before, after in pairs)]
 
 
 def _asking(config: HapConfig, keep: float) -> HapConfig:

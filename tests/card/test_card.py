@@ -64,7 +64,7 @@ def test_a_card_says_what_was_done_and_how_to_load(pruned, tmp_path):
         "| milliseconds a batch, of 8 here | 2.0 | 1.2 |",
         "import hap_hf",
         'BertForSequenceClassification.from_pretrained("me/smaller")',
-        "![widths](widths.png)",
+        "![Widths before and after](widths.png)\n\n*A bar for each layer",
         *plan_in_words(report.plan),
     ):
         assert said in card.text

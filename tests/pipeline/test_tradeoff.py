@@ -1,6 +1,8 @@
 """Several amounts from one scoring."""
 
 import copy
+import io
+import sys
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ from documented import bert, text_batches
 from hap_hf import ConfigError, HapConfig, measure_size, prune
 from hap_hf.evidence.evidence import Evidence
 from hap_hf.evidence.mean import mean_loss
-from hap_hf.tradeoff import Tradeoff, measure_tradeoff
+from hap_hf.tradeoff import Tradeoff, measure, measure_tradeoff
 
 CONFIG = HapConfig(target_params=0.5, method="taylor", progress=False)
 
@@ -40,6 +42,26 @@ def test_the_metric_is_of_the_pruned_models_and_the_prediction_of_the_scores():
     assert found.dense.predicted is None
     assert found.points[1].predicted < found.points[2].predicted
     assert all(p.milliseconds > 0 for p in found.points)
+
+
+def test_a_slow_stretch_of_the_machine_slows_no_point(monkeypatch):
+    pairs = iter([[10.0, 8.0], [40.0, 20.0]])  # four times slower at the second
+    monkeypatch.setattr(measure, "milliseconds", lambda models, batch: next(pairs))
+    found = measure_tradeoff(bert(), text_batches(), CONFIG, (0.9, 0.5))
+    assert [p.milliseconds for p in found.points] == [10.0, 8.0, 5.0]
+
+
+def test_all_of_it_is_one_bar(monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    shown = HapConfig(target_params=0.5, method="taylor")
+    measure_tradeoff(bert(), text_batches(), shown, (0.9, 0.5), evaluate=lambda m: 1.0, timed=False)
+    assert terminal.getvalue().count("\n") == 1
+    assert "judging (" in terminal.getvalue()
 
 
 def test_it_is_read_back(tmp_path):
