@@ -168,9 +168,10 @@ def test_a_wrong_use_is_exit_code_2():
     assert "--data" in done.stderr
 
 
-def test_every_setting_is_a_flag_and_the_help_fits_a_screen():
+def test_every_setting_is_a_flag_and_the_help_fits_a_screen(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")  # the names of flags are cut where they do not fit
     short, long = ran("prune", "--help"), ran("prune", "--help-all")
-    assert short.count("\n") <= 50
+    assert short.count("\n") <= 40
     assert "--implant-ratio" not in short
     flags = {f.name for f in fields(pruning_arguments("seed", "max_batches"))}
     assert {"implant_ratio", "num_probes", "exclude"} <= flags
