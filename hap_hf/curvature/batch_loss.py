@@ -23,7 +23,8 @@ def checked_scalar(loss: object, batch: int) -> Tensor:
     """
     if not isinstance(loss, Tensor) or loss.dim():
         got = f"shape {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-        raise CurvatureError(f"batch {batch}: expected the loss to be a scalar tensor, got {got}")
+        advice = "return its mean" if isinstance(loss, Tensor) else "return its loss, as in model(**batch).loss"
+        raise CurvatureError(f"batch {batch}: expected the loss to be a scalar tensor, got {got}; {advice}")
     return loss
 
 

@@ -102,9 +102,14 @@ def move_to_model(model: nn.Module, batch: Any) -> Any:
 
     Returns:
         A new batch.
+
+    Raises:
+        BatchError: If it has no values.
     """
     device = next(model.parameters()).device
     plain = dict(batch) if isinstance(batch, Mapping) else batch
+    if device.type != "meta" and any(isinstance(t, Tensor) and t.is_meta for t in tree_leaves(plain)):
+        raise BatchError("the batch is on the meta device and has no values; make it on the CPU or the model's device")
     if not isinstance(plain, (dict, tuple, list, Tensor)) and hasattr(plain, "to"):
         return plain.to(device)
     return tree_map_only(Tensor, lambda t: t.to(device), plain)
@@ -245,8 +250,12 @@ def raise_does_not_run(model: nn.Module, batch: Mapping[str, Any], error: Except
     Raises:
         BatchError: Always, from that one.
     """
-    shapes = {k: list(v.shape) for k, v in batch.items() if isinstance(v, Tensor)}
-    raise BatchError(
-        f"{type(model).__name__} does not run on the first batch, {shapes}: {error}; pass batches like those it was "
-        "trained on"
-    ) from error
+    tensors = {k: v for k, v in batch.items() if isinstance(v, Tensor)}
+    said = ", ".join(f"{k} {list(v.shape)} {str(v.dtype).removeprefix('torch.')}" for k, v in tensors.items())
+    advice = "pass batches like those it was trained on"
+    if any(v.dim() == 0 for v in tensors.values()):
+        advice = (
+            "that looks like one sample of a dataset; let a loader make batches: torch.utils.data.DataLoader(dataset, "
+            "batch_size=8, collate_fn=transformers.default_data_collator)"
+        )
+    raise BatchError(f"{type(model).__name__} does not run on the first batch, {said}: {error}; {advice}") from error

@@ -213,7 +213,7 @@ def _fail(evidence: Evidence, batch: Any, index: int, error: Exception) -> NoRet
     kind = CurvatureError if isinstance(error, RuntimeError) else BatchError  # as a caller who catches it expects
     raise kind(
         f"loss_fn failed on batch {index}, {got}: {type(error).__name__}: {error}; it is called with the model and "
-        "each batch as the loader gives it"
+        "each batch as the loader gives it, as in loss_fn=lambda model, batch: model(**batch).loss"
     ) from error
 
 

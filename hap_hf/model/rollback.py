@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from hap_hf.errors import ConfigError
 from hap_hf.model.stale import note_in_use
 
 _CONTAINERS = (dict, OrderedDict, set)
@@ -26,7 +27,12 @@ def undone_on_error(model: nn.Module, optimizer: Optimizer | None = None) -> Gen
     Args:
         model: Any model.
         optimizer: A torch optimizer, not a wrapper around one.
+
+    Raises:
+        ConfigError: If the optimizer is none.
     """
+    if optimizer is not None and not isinstance(optimizer, Optimizer):
+        raise ConfigError(f"optimizer must be the torch.optim.Optimizer of the model, got a {type(optimizer).__name__}")
     # Pairs of each dictionary itself and a copy of it: the dictionary is filled again in place, as others may hold it.
     attributes = [(vars(module), dict(vars(module))) for module in model.modules()]
     contents = [(c, c.copy()) for _, own in attributes for c in own.values() if type(c) in _CONTAINERS]

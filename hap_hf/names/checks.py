@@ -27,7 +27,8 @@ def member(enum: type[_E], name: str, value: object) -> _E:
     try:
         return enum(str(value))
     except ValueError:
-        raise ConfigError(f"{name} must be one of {[m.value for m in enum]}, got {value!r}") from None
+        known = [m.value for m in enum]
+        raise ConfigError(f"{name} must be one of {known}, got {value!r}{meant(str(value), known)}") from None
 
 
 def strings(name: str, value: object) -> tuple[Any, ...]:
@@ -69,7 +70,8 @@ def share(name: str, value: object, interval: str = "(0, 1)") -> None:
     above = value >= 0 if interval[0] == "[" else value > 0
     below = value <= 1 if interval[-1] == "]" else value < 1
     if not (above and below):  # NaN fails both comparisons
-        raise ConfigError(f"{name} must lie in {interval}, got {value!r}")
+        advice = f"; it is a share, so write {value / 100:g} for {value:g}%" if 1 < value < 100 else ""
+        raise ConfigError(f"{name} must lie in {interval}, got {value!r}{advice}")
 
 
 def shares(name: str, value: object, interval: str) -> dict[str, float]:

@@ -27,7 +27,10 @@ def known_settings(
         ConfigError: If ``values`` is no mapping, or a name is unknown.
     """
     if not isinstance(values, Mapping):
-        raise ConfigError(f"settings must be a mapping of names to values, got {type(values).__name__}")
+        raise ConfigError(
+            f"settings must be a mapping of names to values, or a HapConfig, got {type(values).__name__}; for example "
+            "HapConfig(target_params=0.5)"
+        )
     written_by = values.get("hap_hf")
     unknown = sorted(set(values) - set(known) - {"hap_hf"}, key=str)
     # What a newer version has more of may be left out; written by this one or by hand, an unknown name is a slip.

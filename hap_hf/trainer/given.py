@@ -162,7 +162,7 @@ def plan_or_config(config: HapConfig | Mapping[str, Any] | None, plan: object) -
     Raises:
         ConfigError: If there is neither.
     """
-    settings = HapConfig.from_dict(config) if isinstance(config, Mapping) else config
+    settings = config if config is None or isinstance(config, HapConfig) else HapConfig.from_dict(config)
     if plan is not None:
         given = GivenPlan.of(plan)
         return given.config(settings, plan), given

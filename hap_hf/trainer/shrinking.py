@@ -1,16 +1,18 @@
 """The events of a training in which units shrink."""
 
+import inspect
 import logging
 from abc import abstractmethod
 from collections.abc import Generator
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hap_hf.config import HapConfig
 from hap_hf.errors import ConfigError
 from hap_hf.evidence.evidence import Evidence
+from hap_hf.names.checks import meant
 from hap_hf.report import PruningReport
 from hap_hf.selection import Round
 from hap_hf.trainer.growing import GrowingReg
@@ -23,6 +25,18 @@ logger = logging.getLogger(__name__)
 
 class Shrinks(TrainerCallback):
     """Lets units shrink in each step, from their choice to the cut, and counts the rounds."""
+
+    # Hidden from type checkers, which would take it for the signature.
+    if not TYPE_CHECKING:
+
+        def __new__(cls, *args: Any, **settings: Any) -> "Shrinks":
+            """Say where a setting belongs that this is not one of."""
+            own, of_config = inspect.signature(cls.__init__).parameters, HapConfig.help()
+            for name in settings:
+                if name not in own:
+                    where = f": write {cls.__name__}(HapConfig({name}=...))" if name in of_config else meant(name, own)
+                    raise ConfigError(f"{cls.__name__} has no setting {name!r}{where}")
+            return super().__new__(cls)
 
     num_rounds: int
     reports: list[PruningReport]
