@@ -67,6 +67,7 @@ from hap_hf.errors import (
 from hap_hf.evidence.evidence import Evidence
 from hap_hf.evidence.precision import Precision
 from hap_hf.export import export
+from hap_hf.file_size import BytesReport, prune_to_bytes
 from hap_hf.floor import FloorReport, prune_to_floor
 from hap_hf.layers.implant_conv import ImplantConv2d
 from hap_hf.layers.implant_linear import ImplantLinear
@@ -98,12 +99,14 @@ __all__ = [  # noqa: RUF022 (by stage, not by letter)
     "HessianPruner",
     "prune",
     "prune_to_floor",
+    "prune_to_bytes",
     # what helps a training to recover
     "Distill",
     "GrowingReg",
     # its two halves
     "Evidence",
     "FloorReport",
+    "BytesReport",
     "decide",
     "decide_again",
     "Decision",

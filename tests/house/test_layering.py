@@ -30,7 +30,7 @@ LAYERS = [
     {"admission"},
     {"cut", "bypassing"},
     {"pipeline"},
-    {"planned", "floor"},
+    {"planned", "floor", "file_size"},
     {"tradeoff"},
     {"plots", "page"},
     {"card"},
