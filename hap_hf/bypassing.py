@@ -78,8 +78,10 @@ def with_bypasses(
     lowest = repair.loss
     for discount in _DISCOUNTS:
         found = _at_price(evidence, groups, scores, config, discount * max(choice.threshold, 0.0), repair, compensation)
-        loss = None if found is None else found.repair.loss
-        if found is None or loss is None or lowest is None or not loss < lowest:
+        if found is None:
+            continue
+        loss = found.repair.loss
+        if loss is None or lowest is None or not loss < lowest:
             break
         best, lowest = found, loss
     return best
