@@ -217,7 +217,10 @@ def _fit_to_class(
     if rename is shortened:
         # A base model has no head: what that reads of the last channels has no place in it.
         heads = {name for name in owners if not name.startswith(prefix) and name not in modules}
-        renamed = replace(plan, stages=tuple(tuple(g.without(heads) for g in stage) for stage in renamed.stages))
+        renamed = replace(renamed, stages=tuple(tuple(g.without(heads) for g in stage) for stage in renamed.stages))
+    bypasses = tuple(tuple(b for b in stage if {b.entry, b.exit} <= modules) for stage in renamed.bypasses)
+    # Later stages and bits name layers that the plan itself makes.
+    modules |= {_owner(name) for stage in bypasses for b in stage for name in b.shapes}
     stages = tuple(
         tuple(g for g in stage if not modules.isdisjoint(_owner(s.tensor) for s in g.group.slices))
         for stage in renamed.stages
@@ -233,7 +236,7 @@ def _fit_to_class(
     left_out = sum(map(len, plan.stages)) - sum(map(len, stages))
     if left_out:
         logger.info("%d pruned groups of the checkpoint have no place in %s", left_out, type(model).__name__)
-    return replace(plan, stages=stages), bits
+    return replace(plan, stages=stages, bypasses=bypasses), bits
 
 
 def _align(model: nn.Module) -> None:

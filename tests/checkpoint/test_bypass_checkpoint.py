@@ -8,10 +8,11 @@ import pytest
 import torch
 from bypasses import bypassed_plan
 from cases import batch_of, build
+from plans import plan_of as plan_with
 from reference import logits
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModel, AutoModelForSequenceClassification
 
-from hap_hf import ConfigError, PruningPlan, plan_of, save_pruned, train_only_implants_
+from hap_hf import ConfigError, PruningPlan, find_groups, plan_of, save_pruned, train_only_implants_
 from hap_hf.checkpoint import record_plan
 from hap_hf.layers.bypass import Bypass
 from hap_hf.names.bypass import BypassPlan
@@ -44,6 +45,24 @@ def test_a_model_with_bypasses_comes_back_bit_for_bit(pruned, tmp_path):
     found, info = AutoModelForSequenceClassification.from_pretrained(tmp_path, output_loading_info=True)
     assert len(info["unexpected_keys"]) == 2 * len(plan.bypasses[0])
     assert not torch.equal(logits(found, batch), logits(model, batch))
+
+
+def test_a_later_round_on_the_directions_and_the_model_without_its_head_come_back(tmp_path):
+    model, batch = build("bert"), batch_of("bert")
+    plan, values, _ = bypassed_plan(model, batch)
+    apply_plan_(model, plan, bypass_values=values)
+    groups = find_groups(model, batch)
+    assert any("bypass" in g.name for g in groups)
+    later = plan_with({g: [0] for g in groups if g.num_units > 1})
+    apply_plan_(model, later)
+    record_plan(model, plan.then(later))
+    model.save_pretrained(tmp_path)
+    again = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    assert torch.equal(logits(again, batch), logits(model, batch))
+    inputs = {k: v for k, v in batch.items() if k != "labels"}
+    with torch.no_grad():
+        alone = AutoModel.from_pretrained(tmp_path).eval()(**inputs).last_hidden_state
+        assert torch.equal(alone, model.bert(**inputs).last_hidden_state)
 
 
 def test_without_hap_hf_it_does_not_load(pruned, tmp_path):

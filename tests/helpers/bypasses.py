@@ -5,9 +5,11 @@ from contextlib import contextmanager
 
 import timm
 import torch
-from cases import batch_of, build
+import transformers as hf
+from cases import batch_of, build, randomise_
 from reference import uneven_removal
 from torch.nn import functional as F
+from trainings import samples
 
 from hap_hf import find_groups
 from hap_hf.layers.projection import input_dim, output_dim, spatial_dims
@@ -15,6 +17,32 @@ from hap_hf.names.bypass import BypassPlan
 from hap_hf.names.group import Role
 from hap_hf.names.plan import GroupPlan, PruningPlan
 from hap_hf.surgery import apply_plan_
+
+RANK = 3
+"""Directions of the linear part of each block of ``planted``."""
+
+
+def planted():
+    """Return a BERT of which half of the neurons of each block compute a linear map of few directions, and batches."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4}
+    settings = hf.BertConfig(**sizes, intermediate_size=24, max_position_embeddings=16, hidden_act="relu")
+    model = randomise_(hf.BertForSequenceClassification(settings)).double().eval()
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for layer in model.bert.encoder.layer:
+            first, last = layer.intermediate.dense, layer.output.dense
+            # A neuron and its mirror image are linear together; each direction has two such pairs.
+            down, up = (torch.randn(*s, generator=generator, dtype=torch.float64) for s in ((RANK, 16), (16, RANK)))
+            first.weight[:12], first.bias[:12] = torch.cat([down, -down, down, -down]) / 2, 0
+            last.weight[:, :12] = torch.cat([up, -up, up, -up], 1)
+            last.weight[:, 12:] *= 0.5
+        model.classifier.weight *= 3
+    batches = [hf.default_data_collator(samples(64)[i : i + 16]) for i in range(0, 64, 16)]
+    with torch.no_grad():
+        for batch in batches:
+            batch["labels"] = model(**{k: v for k, v in batch.items() if k != "labels"}).logits.argmax(-1)
+    return model, batches
 
 
 def subject(name):

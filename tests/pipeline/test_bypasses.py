@@ -6,8 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 import transformers as hf
-from bypasses import beside
-from cases import randomise_
+from bypasses import RANK, beside, planted
 from reference import logits, masked
 from trainings import make_trainer, samples
 from transformers import AutoModelForSequenceClassification
@@ -33,31 +32,7 @@ from hap_hf.reconstruction import PathGains, bypassed_repair
 from hap_hf.reconstruction.blocks import Block, blocks
 from hap_hf.reconstruction.stations import fitted_layers
 
-RANK = 3
 QUIET = {"progress": False, "max_batches": None, "kinds": ("ffn",)}
-
-
-def planted():
-    """Return a BERT of which half of the neurons of each block compute a linear map of few directions, and batches."""
-    torch.manual_seed(0)
-    sizes = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4}
-    settings = hf.BertConfig(**sizes, intermediate_size=24, max_position_embeddings=16, hidden_act="relu")
-    model = randomise_(hf.BertForSequenceClassification(settings)).double().eval()
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for layer in model.bert.encoder.layer:
-            first, last = layer.intermediate.dense, layer.output.dense
-            # A neuron and its mirror image are linear together; each direction has two such pairs.
-            down, up = (torch.randn(*s, generator=generator, dtype=torch.float64) for s in ((RANK, 16), (16, RANK)))
-            first.weight[:12], first.bias[:12] = torch.cat([down, -down, down, -down]) / 2, 0
-            last.weight[:, :12] = torch.cat([up, -up, up, -up], 1)
-            last.weight[:, 12:] *= 0.5
-        model.classifier.weight *= 3
-    batches = [hf.default_data_collator(samples(64)[i : i + 16]) for i in range(0, 64, 16)]
-    with torch.no_grad():
-        for batch in batches:
-            batch["labels"] = model(**{k: v for k, v in batch.items() if k != "labels"}).logits.argmax(-1)
-    return model, batches
 
 
 @pytest.fixture(scope="module")
