@@ -4,11 +4,15 @@ import base64
 import hashlib
 import json
 import re
+import tomllib
 from dataclasses import replace
+from fnmatch import fnmatch
+from pathlib import Path
 
 import pytest
 from browser import Browser, address_of, find_browser
 
+import hap_hf
 from hap_hf import ConfigError
 from hap_hf.errors import PlanFormatError
 from hap_hf.page import page_of, write_page
@@ -156,6 +160,18 @@ def test_the_file_holds_its_data_and_names_what_may_run():
     assert not re.search(r"\{\{\w+\}\}", text)
     assert re.findall(r"https?://[^\s\"']+", text) == ["http://www.w3.org/2000/svg"]  # a name, which nobody fetches
     assert "<td>1,100,000</td>" in text  # for browsers without JavaScript
+
+
+def test_the_parts_of_the_page_are_in_what_is_installed():
+    root = Path(hap_hf.__file__).parents[1]
+    if not (root / "pyproject.toml").is_file():
+        pytest.skip("installed, and not in a copy of the repository")
+    shipped = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]["package-data"]
+    parts = [f for f in (root / "hap_hf").rglob("*") if f.is_file() and f.suffix not in {".py", ".pyc", ".md"}]
+    assert len(parts) >= 4
+    for file in parts:
+        name = file.relative_to(root / "hap_hf").as_posix()
+        assert any(fnmatch(name, pattern) for pattern in shipped["hap_hf"]), f"{name} is in no pattern of package-data"
 
 
 def test_a_sweep_is_checked_before_it_is_believed():
