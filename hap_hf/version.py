@@ -1,6 +1,6 @@
 """The version of the package."""
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 
 
 def is_newer(other: str) -> bool:

@@ -95,6 +95,9 @@ def _text(header: Header) -> str:
 
 
 def _short(value: Any) -> str:
+    what = value.get("what") if isinstance(value, dict) else None
+    if isinstance(what, dict):  # an amount
+        return f"{what.get('name')} {value.get('keep')}"[:60]
     return str(value.get("name", value)) if isinstance(value, dict) else str(value)[:60]
 
 
