@@ -3,6 +3,8 @@
 import dataclasses
 import functools
 import inspect
+import shutil
+import textwrap
 from collections.abc import Callable
 from typing import Any
 
@@ -18,10 +20,16 @@ Settings = Any
 
 def _show_all(ctx: typer.Context, shown: bool) -> None:
     if shown:
-        for parameter in ctx.command.params:
-            if isinstance(parameter, typer.core.TyperOption):
-                parameter.hidden = False
         typer.echo(ctx.get_help())
+        typer.echo("More flags:\n")
+        width = min(shutil.get_terminal_size().columns, 100)
+        for flag in ctx.command.params:
+            if isinstance(flag, typer.core.TyperOption) and flag.hidden:
+                # In a table the longest names would be cut.
+                names = " / ".join([*flag.opts, *flag.secondary_opts])
+                typer.echo(f"  {names} {flag.display_type(ctx)}")
+                told = textwrap.wrap(flag.help or "", width, initial_indent=" " * 6, subsequent_indent=" " * 6)
+                typer.echo("\n".join(told))
         raise typer.Exit
 
 
@@ -41,9 +49,7 @@ def with_settings(command: Callable[..., None]) -> Callable[..., None]:
             f.name,
             inspect.Parameter.KEYWORD_ONLY,
             # Hidden, as there are more than fit a screen. A flag of argparse doubles its per cent signs.
-            default=typer.Option(
-                None, help=f.metadata["help"].replace("%%", "%"), hidden=True, rich_help_panel="Settings"
-            ),
+            default=typer.Option(None, help=f.metadata["help"].replace("%%", "%"), hidden=True),
             annotation=f.type,
         )
         for f in dataclasses.fields(arguments)
