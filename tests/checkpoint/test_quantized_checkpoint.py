@@ -9,7 +9,7 @@ import pytest
 import torch
 from checkpoints import edited, pruned, single
 from safetensors.torch import load_file
-from transformers import AutoModel, AutoModelForSequenceClassification
+from transformers import AutoModel, AutoModelForSequenceClassification, BitsAndBytesConfig
 
 import hap_hf
 from hap_hf import BitConfig, ConfigError, PlanFormatError, PlanMismatchError, quantize_
@@ -208,6 +208,13 @@ def test_what_could_not_be_read_again_is_not_saved(stored, tmp_path):
     with pytest.raises(PlanMismatchError, match="are quantized, and its config names 0"):
         model.save_pretrained(tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_another_quantizer_is_refused_while_loading(stored):
+    other = BitsAndBytesConfig(load_in_8bit=True)
+    with pytest.raises(ValueError, match="quantized with HapPlanConfig but you are passing a BitsAndBytesConfig"):
+        AutoModelForSequenceClassification.from_pretrained(stored, quantization_config=other)
+    assert bits_of(AutoModelForSequenceClassification.from_pretrained(stored)) is not None
 
 
 def test_a_plan_of_bits_through_json(stored):

@@ -36,6 +36,7 @@ from hap_hf import (
     Distill,
     HapConfig,
     HessianPruner,
+    QuantizeAware,
     apply_plan_,
     decide,
     find_groups,
@@ -76,6 +77,7 @@ TRAININGS = {
         "taken": True,
     },
     "given plan": {"pruner": {"step": 1}, "plan": lambda: decision(), "max_steps": 2},
+    "rounded": {"pruner": {"step": 1}, "helpers": lambda: [QuantizeAware({"weight_bits": 6}, step=2)], "max_steps": 5},
     "distilled": {"pruner": {"step": 1}, "helpers": lambda: [Distill(hidden=0.5)], "max_steps": 3},
 }
 """Trainings that must end alike in one process and in two."""

@@ -84,6 +84,9 @@ def test_a_training_in_two_processes_ends_like_one_in_one_process(two_processes,
     alone = ALIKE[name](rank=0, world=1)
     assert first["plan"] == second["plan"]
     assert_bitwise(first["weights"], second["weights"])
+    assert_bitwise(first["buffers"], second["buffers"])
+    assert any(key.endswith("input_range") for key in first["buffers"]) is (name == "rounded")
+    assert_close(first["buffers"], alone["buffers"], rtol=1e-6, atol=1e-7)
 
     shared, own = ({**f["plan"], "stages": [without_threshold(s) for s in f["plan"]["stages"]]} for f in (first, alone))
     assert shared == own
