@@ -81,6 +81,7 @@ from hap_hf.names.plan import GroupPlan, PruningPlan
 from hap_hf.pipeline import carry_out_, decide, decide_again, prune
 from hap_hf.report import ModelSize, PruningReport, measure_size
 from hap_hf.selection import make_plan, score_groups
+from hap_hf.similarity import SimilarUnits, similar_units
 from hap_hf.surgery import (
     ImplantInit,
     apply_plan_,
@@ -99,6 +100,8 @@ __all__ = [  # noqa: RUF022 (by stage, not by letter)
     "HessianPruner",
     "prune",
     "prune_to_floor",
+    "similar_units",
+    "SimilarUnits",
     "prune_to_bytes",
     # what helps a training to recover
     "Distill",

@@ -30,7 +30,7 @@ LAYERS = [
     {"admission"},
     {"cut", "bypassing"},
     {"pipeline"},
-    {"planned", "floor", "file_size"},
+    {"planned", "floor", "file_size", "similarity"},
     {"tradeoff"},
     {"plots", "page"},
     {"card"},
