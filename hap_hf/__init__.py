@@ -44,6 +44,7 @@ from hap_hf.criteria import (
     MaskGGN,
     Michel,
     Random,
+    Reconstruction,
     Scores,
     ScoringTask,
     Taylor,
@@ -124,6 +125,7 @@ __all__ = [  # noqa: RUF022 (by stage, not by letter)
     # how it is scored
     "Criterion",
     "MaskGGN",
+    "Reconstruction",
     "MaskFisher",
     "Michel",
     "GGN",

@@ -12,8 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from hap_hf.compensation.fit import Fit, fit_removed
-from hap_hf.compensation.moments import Moments, weighted_moments
-from hap_hf.compensation.readers import Reader, readers_of
 from hap_hf.criteria import Scores
 from hap_hf.curvature import InputListener
 from hap_hf.evidence.evidence import Evidence
@@ -21,6 +19,8 @@ from hap_hf.evidence.mean import mean_loss
 from hap_hf.evidence.memory import in_batches_that_fit
 from hap_hf.evidence.processes import ALONE, Processes
 from hap_hf.evidence.rehearsal import rehearsed
+from hap_hf.inputs.moments import Moments, weighted_moments
+from hap_hf.inputs.readers import Reader, readers_of
 from hap_hf.model.masking import Units, channels, masked
 from hap_hf.model.values import replaced_values
 from hap_hf.names.actions import PRUNE
@@ -45,7 +45,7 @@ class Compensation:
         model: The model with all its units.
         readers: The layers that read units.
         moments: The second moments of their inputs by name of the layer, see
-            :func:`~hap_hf.compensation.moments.weighted_moments`.
+            :func:`~hap_hf.inputs.moments.weighted_moments`.
         processes: The processes that prune together.
     """
 

@@ -22,6 +22,7 @@ from hap_hf.criteria.mask_fisher import MaskFisher
 from hap_hf.criteria.mask_ggn import MaskGGN
 from hap_hf.criteria.michel import Michel
 from hap_hf.criteria.probes import Hvp
+from hap_hf.criteria.reconstruction import Reconstruction
 from hap_hf.criteria.scores import Scores
 from hap_hf.criteria.sensitivity import unit_sensitivity
 from hap_hf.criteria.taylor import Taylor
@@ -41,6 +42,7 @@ __all__ = [
     "MaskGGN",
     "Michel",
     "Random",
+    "Reconstruction",
     "Scores",
     "ScoringTask",
     "Taylor",

@@ -201,6 +201,7 @@ def test_random_scores_depend_on_the_seed_and_the_groups_name_only() -> None:
 
 METHODS = [
     "mask_ggn",
+    "reconstruction",
     "mask_fisher",
     "michel",
     "ggn",

@@ -19,6 +19,7 @@ LAYERS = [
     {"evidence"},
     {"surgery"},
     {"discovery"},
+    {"inputs"},
     {"criteria"},
     {"config"},
     {"arguments", "compensation"},

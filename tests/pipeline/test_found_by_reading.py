@@ -10,8 +10,8 @@ from torch import nn
 
 import hap_hf
 from hap_hf import Amount, ConfigError, HapConfig
-from hap_hf.compensation.readers import readers_of
 from hap_hf.decision import stamps_of
+from hap_hf.inputs.readers import readers_of
 from hap_hf.selection import Round, config_of_round
 
 timm_layers = pytest.importorskip("timm.layers")
