@@ -32,7 +32,9 @@ class Shrinks(TrainerCallback):
         def __new__(cls, *args: Any, **settings: Any) -> "Shrinks":
             """Say where a setting belongs that this is not one of."""
             own, of_config = inspect.signature(cls.__init__).parameters, HapConfig.help()
-            for name in settings:
+            # A class derived from this one that hands its settings on says itself what it knows.
+            hands_on = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in own.values())
+            for name in settings if not hands_on else ():
                 if name not in own:
                     where = f": write {cls.__name__}(HapConfig({name}=...))" if name in of_config else meant(name, own)
                     raise ConfigError(f"{cls.__name__} has no setting {name!r}{where}")

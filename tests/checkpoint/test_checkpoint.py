@@ -23,7 +23,7 @@ from transformers import (
 import hap_hf.checkpoint
 from hap_hf.checkpoint import check_recordable, plan_of, record_plan, save_pruned
 from hap_hf.errors import ConfigError, PlanFormatError, PlanMismatchError
-from hap_hf.names.plan import MAX_STAGES, PruningPlan
+from hap_hf.names.plan import FORMAT_VERSION, MAX_STAGES, PruningPlan
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -298,7 +298,7 @@ def test_a_checkpoint_of_hap_hf_0_1_is_the_same_model_and_is_saved_in_todays_for
     assert plan_of(old).provenance == ({}, {"threshold": 0.25, "method": "hessian", "seed": 3})
     old.save_pretrained(tmp_path / "again")
     entry = json.loads((tmp_path / "again" / "config.json").read_text())["quantization_config"]
-    assert (entry["quant_method"], entry["plan"]["format"]) == ("hap_hf", 2)
+    assert (entry["quant_method"], entry["plan"]["format"]) == ("hap_hf", FORMAT_VERSION)
     again = type(model).from_pretrained(tmp_path / "again")
     assert torch.equal(logits(again, batch), logits(model, batch))
     assert plan_of(again) == plan_of(old)
