@@ -1,7 +1,7 @@
 r"""What the repair after the choice is worth: the same units go, and only the weights of what stays differ.
 
 A dense model is fine-tuned once a seed, or taken as it is (``--num_train_epochs 0``). For each share of the prunable
-parameters to keep, the units are chosen once. Then the model is cut without any repair, with compensation, and with
+parameters to keep, each of ``--criteria`` chooses the units once. Then the model is cut without any repair, with compensation, and with
 reconstruction, evaluated without training, and, with ``--recovery_epochs``, after training as well. Beside the accuracy
 stand the loss and the divergence from the dense model's answers on the evaluation data, as accuracies alone hide small
 differences, and the CPU time of the choice and of the repair. Rows are written to ``WORK_DIR/rows.jsonl`` as they are
@@ -34,7 +34,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
-from hap_hf import HapConfig, carry_out_, decide, decide_again, measure_size
+from hap_hf import HapConfig, carry_out_, decide, decide_again, known_criteria, measure_size
 
 REPAIRS: dict[str, dict[str, Any]] = {
     "none": {"compensate": False},
@@ -63,6 +63,9 @@ def main(argv: Sequence[str] | None = None) -> str:
     parser.add_argument("--work_dir", type=Path, required=True, help="folder for the dense models and the results")
     parser.add_argument("--keep", type=float, nargs="+", default=[0.5, 0.3, 0.15], help="shares of parameters to keep")
     parser.add_argument("--repairs", nargs="+", choices=REPAIRS, default=[*REPAIRS], help="what to do after the choice")
+    parser.add_argument(
+        "--criteria", nargs="+", choices=known_criteria(), default=["mask_ggn"], help="what chooses the units"
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="seeds of fine-tuning and scores")
     parser.add_argument("--recovery_epochs", type=float, default=0.0, help="epochs of training after the cut")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
@@ -71,9 +74,9 @@ def main(argv: Sequence[str] | None = None) -> str:
     torch.set_num_threads(own.threads)
     rows = Rows(own.work_dir / "rows.jsonl", [*flags, f"recovery_epochs={own.recovery_epochs:g}"])
     for seed in own.seeds:
-        wanted = [(keep, repair) for keep in own.keep for repair in own.repairs]
-        missing = [pair for pair in wanted if rows.find(_about(*pair, seed)) is None]
-        if missing or rows.find(_about(1.0, "dense", seed)) is None:
+        wanted = [(keep, by, repair) for keep in own.keep for by in own.criteria for repair in own.repairs]
+        missing = [each for each in wanted if rows.find(_about(*each, seed)) is None]
+        if missing or rows.find(_about(1.0, "", "dense", seed)) is None:
             subject = make_subject(flags, own.work_dir / f"dense-{seed}", seed, on_images=own.images)
             for about, results in measure(subject, missing, seed, own.recovery_epochs):
                 if rows.find(about) is None:
@@ -85,18 +88,18 @@ def main(argv: Sequence[str] | None = None) -> str:
     return text
 
 
-def _about(keep: float, repair: str, seed: int) -> Row:
-    return {"keep": keep, "repair": repair, "seed": seed}
+def _about(keep: float, criterion: str, repair: str, seed: int) -> Row:
+    return {"keep": keep, "criterion": criterion, "repair": repair, "seed": seed}
 
 
 def measure(
-    subject: Subject, wanted: Sequence[tuple[float, str]], seed: int, recovery_epochs: float
+    subject: Subject, wanted: Sequence[tuple[float, str, str]], seed: int, recovery_epochs: float
 ) -> Iterator[tuple[Row, Row]]:
     """Cut copies of a model and repair them in several ways.
 
     Args:
         subject: The model and what it works on; left as it is.
-        wanted: Shares to keep and names of repairs.
+        wanted: Shares to keep, names of criteria and of repairs.
         seed: Seed of the scores.
         recovery_epochs: Epochs of training after the cut.
 
@@ -104,16 +107,24 @@ def measure(
         Which row it is, and its results.
     """
     dense, labels = answers(subject, subject.model)
-    yield _about(1.0, "dense", seed), quality(dense, dense, labels)
-    for keep in dict.fromkeys(keep for keep, _ in wanted):
-        settings = {"target_params": keep, "max_batches": None, "progress": False, "seed": seed}
+    yield _about(1.0, "", "dense", seed), quality(dense, dense, labels)
+    for keep, criterion in dict.fromkeys((keep, criterion) for keep, criterion, _ in wanted):
+        settings = {
+            "target_params": keep,
+            "method": criterion,
+            "compensate": True,
+            "per_cost": True,
+            "max_batches": None,
+            "progress": False,
+            "seed": seed,
+        }
         start = time.process_time()
         config = HapConfig(**settings, reconstruct=False)
         decision = decide(config.evidence(subject.model, subject.batches), config)
         chosen = time.process_time() - start
-        for repair in (repair for other, repair in wanted if other == keep):
+        for repair in (repair for *other, repair in wanted if other == [keep, criterion]):
             start = time.process_time()
-            repaired = decide_again(decision, HapConfig(**settings, **REPAIRS[repair]))
+            repaired = decide_again(decision, HapConfig(**{**settings, **REPAIRS[repair]}))
             model = copy.deepcopy(subject.model)
             carry_out_(model, repaired)
             seconds = time.process_time() - start
@@ -127,7 +138,7 @@ def measure(
                 subject.fine_tune_(model, num_train_epochs=recovery_epochs)
                 after = quality(answers(subject, model)[0], dense, labels)
                 results |= {f"recovered_{name}": value for name, value in after.items()}
-            yield _about(keep, repair, seed), results
+            yield _about(keep, criterion, repair, seed), results
 
 
 def answers(subject: Subject, model: PreTrainedModel) -> tuple[Tensor, Tensor]:
@@ -166,16 +177,17 @@ def to_markdown(rows: Rows, own: argparse.Namespace) -> str:
     if own.recovery_epochs:
         shown["recovered_accuracy"] = (100, "recovered, %", 1)
     shown |= {"choice_s": (1, "choice, CPU s", 0), "repair_s": (1, "repair, CPU s", 0)}
-    head = ["kept", "repair", *(name for _, name, _ in shown.values())]
-    lines = [head, ["---", "---", *["---:"] * len(shown)]]
-    for keep, repair in [(1.0, "dense"), *((k, r) for k in own.keep for r in own.repairs)]:
-        results = [r["results"] for seed in own.seeds if (r := rows.find(_about(keep, repair, seed))) is not None]
+    head = ["kept", "chosen by", "repair", *(name for _, name, _ in shown.values())]
+    lines = [head, ["---", "---", "---", *["---:"] * len(shown)]]
+    for about in [(1.0, "", "dense"), *((k, c, r) for k in own.keep for c in own.criteria for r in own.repairs)]:
+        keep, criterion, repair = about
+        results = [r["results"] for seed in own.seeds if (r := rows.find(_about(*about, seed))) is not None]
         cells = []
         for name, (factor, _, digits) in shown.items():
             values = [factor * r[name] for r in results if name in r]
             spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 and digits else ""
             cells.append(f"{statistics.fmean(values):.{digits}f}{spread}" if values else "")
-        lines.append([f"{100 * keep:g}%", repair, *cells])
+        lines.append([f"{100 * keep:g}%", criterion, repair, *cells])
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + "\n"
 
 

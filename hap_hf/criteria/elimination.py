@@ -86,11 +86,8 @@ class _State:
     def __init__(self, reading: Reading, num_units: int) -> None:
         self._width = len(reading.moment) // num_units
         self._moment_blocks = _blocks(reading.moment, num_units)
-        system = reading.moment.clone()
-        system.diagonal().add_(RIDGE * system.diagonal().mean().clamp_min(torch.finfo(system.dtype).tiny))
-        self._inverse = torch.linalg.inv(system)
-        self._inverse = (self._inverse + self._inverse.T) / 2
-        self._gram = reading.columns.T @ reading.columns
+        self._inverse, heard = _inverse(reading.moment)
+        self._gram = (reading.columns.T @ reading.columns) * float(heard)
         self._inverse_blocks = _blocks(self._inverse, num_units)
         self._gram_blocks = _blocks(self._gram, num_units)
         self._roots: list[Tensor] = []  # the inverse is less v v^T for each
@@ -145,3 +142,16 @@ def _blocks(matrix: Tensor, num_units: int) -> Tensor:
     """Return the blocks along the diagonal, ``[units, width, width]``."""
     width = len(matrix) // num_units
     return torch.einsum("uiuj->uij", matrix.view(num_units, width, num_units, width)).clone()
+
+
+def _inverse(moment: Tensor) -> tuple[Tensor, bool]:
+    """Return the inverse of a moment with a ridge, and whether there is anything in it."""
+    mean, one = moment.diagonal().mean(), torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
+    ridge = RIDGE
+    # Of inputs that are nearly constant, what is left without their mean may be less than the rounding of their sums.
+    while mean > 0 and ridge < 1 / RIDGE**4:
+        factor, failed = torch.linalg.cholesky_ex(moment + ridge * mean * one)
+        if not failed.item():
+            return torch.cholesky_inverse(factor), True
+        ridge *= 10
+    return one, False

@@ -88,6 +88,18 @@ def test_one_of_two_copies_is_free_and_the_other_one_stands_for_both():
     assert twice.costs[other].item() == pytest.approx(alone.costs[1].item(), rel=0.05)
 
 
+def test_sums_that_are_no_moments_any_more_and_layers_that_read_nothing_do_no_harm():
+    good = reading()
+    rounded = good.moment - 1.5 * torch.linalg.eigvalsh(good.moment)[-3] * torch.eye(6, dtype=torch.float64)
+    assert torch.linalg.eigvalsh(rounded)[0] < 0
+    found = eliminate([Reading(rounded, good.columns)], 6)
+    assert found.costs.isfinite().all()
+    assert sorted(found.order.tolist()) == list(range(6))
+    silent = Reading(torch.zeros(6, 6, dtype=torch.float64), good.columns)
+    torch.testing.assert_close(eliminate([good, silent], 6).costs, eliminate([good], 6).costs)
+    assert not eliminate([silent], 6).costs.any()
+
+
 def split_into_copies(model):
     """Make each neuron of a Llama two copies, each of which has a part of the column that reads it."""
     generator = torch.Generator().manual_seed(0)
