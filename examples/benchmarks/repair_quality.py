@@ -1,11 +1,11 @@
 r"""What the repair after the choice is worth: the same units go, and only the weights of what stays differ.
 
 A dense model is fine-tuned once a seed, or taken as it is (``--num_train_epochs 0``). For each share of the prunable
-parameters to keep, each of ``--criteria`` chooses the units once. Then the model is cut without any repair, with compensation, and with
-reconstruction, evaluated without training, and, with ``--recovery_epochs``, after training as well. Beside the accuracy
-stand the loss and the divergence from the dense model's answers on the evaluation data, as accuracies alone hide small
-differences, and the CPU time of the choice and of the repair. Rows are written to ``WORK_DIR/rows.jsonl`` as they are
-done, and are not made again.
+parameters to keep, each of ``--criteria`` chooses the units once. Then the model is cut without any repair, with
+compensation, and with reconstruction, evaluated without training, and, with ``--recovery_epochs``, after training as
+well. Beside the accuracy stand the loss and the divergence from the dense model's answers on the evaluation data, as
+accuracies alone hide small differences, and the CPU time of the choice and of the repair. Rows are written to
+``WORK_DIR/rows.jsonl`` as they are done, and are not made again.
 
     python examples/benchmarks/repair_quality.py --work_dir runs/repair-mrpc --seeds 0 1 2 --keep 0.5 0.3 0.15 0.08 \
         --model_name_or_path ./my-bert --train_file mrpc_train.parquet --validation_file mrpc_validation.parquet \

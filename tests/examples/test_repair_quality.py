@@ -35,7 +35,8 @@ def test_each_criterion_chooses_and_each_repair_follows(words, table):
     }
     for criterion in ("mask_ggn", "reconstruction"):
         assert made[criterion, "none"]["params"] == made[criterion, "reconstruction"]["params"]
-        assert all(made[criterion, repair]["divergence"] > 0 for repair in ("none", "reconstruction"))
+        assert made[criterion, "none"]["choice_s"] == made[criterion, "reconstruction"]["choice_s"]  # chosen once
+    assert made["mask_ggn", "none"]["choice_s"] != made["reconstruction", "none"]["choice_s"]
     assert made["", "dense"]["divergence"] == 0
     assert table.count("| 50% |") == 4
 
