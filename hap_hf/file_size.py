@@ -3,7 +3,7 @@
 import copy
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -148,11 +148,10 @@ def prune_to_bytes(
     decision = decide(evidence, config)
     least, what = config.asked.keep, config.asked.what
     shares = torch.linspace(least, 1, num_shares, dtype=torch.float64).tolist()[:-1]
-    unset: dict[str, Any] = {"prune_ratio": None, "target_params": None, "target_macs": None}
     candidates = [candidate_of(model, None, 1.0, sensitivity)]
     for keep in shares:
-        amount = {"amount": Amount(what, keep), **unset, "compensate": False, "reconstruct": False}
-        candidates.append(candidate_of(model, decide_again(decision, replace(config, **amount)), keep, sensitivity))
+        less = config.with_amount(Amount(what, keep), compensate=False, reconstruct=False)
+        candidates.append(candidate_of(model, decide_again(decision, less), keep, sensitivity))
     fitting = [(c, found) for c in candidates if (found := c.within(target_bytes)) is not None]
     if not fitting:
         fewest = dict.fromkeys(sensitivity.rise, min(menu))
@@ -167,7 +166,7 @@ def prune_to_bytes(
     with undone_on_error(model):
         pruning = None
         if best.keep < 1:
-            again = decide_again(decision, replace(config, amount=Amount(what, best.keep), **unset))
+            again = decide_again(decision, config.with_amount(Amount(what, best.keep)))
             pruning = carry_out_(model, again)
         report = quantize_(model, drawn, own.with_weight_bits(allocation.bits))
     return BytesReport(pruning, report, best.keep, best.removed + allocation.rise, tried)

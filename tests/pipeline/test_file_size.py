@@ -57,6 +57,16 @@ def test_units_and_bits_are_chosen_by_one_sum_and_the_file_has_the_bytes():
         assert "rises by share" in str(report)
 
 
+def test_shares_of_the_whole_model_are_compared_too():
+    model = bert()
+    settings = {"held_out": BATCHES, "menu": (4, 8), "num_shares": 3}
+    target = prune_to_bytes(bert(), BATCHES, 10**6, LEAST, **settings).bits.bytes_after - 1
+    report = prune_to_bytes(model, BATCHES, target, HapConfig(target_model_params=0.8, progress=False), **settings)
+    assert report.bits.bytes_after <= target
+    assert min(keep for keep, _ in report.tried) == pytest.approx(0.8)
+    assert model.num_parameters() >= 0.75 * bert().num_parameters()
+
+
 def test_the_bytes_are_those_of_the_file_whatever_the_bits():
     model = bert()
     sensitivity = bit_sensitivity(model, BATCHES, menu=(3, 8), progress=False)
