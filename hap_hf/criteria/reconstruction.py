@@ -1,6 +1,6 @@
 """What the next layer could not make up for: elimination on what layers read."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -11,7 +11,6 @@ from hap_hf.criteria.criterion import ScoringTask, register_criterion
 from hap_hf.criteria.elimination import Reading, eliminate
 from hap_hf.criteria.mask_ggn import MaskGGN
 from hap_hf.criteria.scores import Scores
-from hap_hf.curvature import InputListener, ReadInput
 from hap_hf.inputs.moments import Moments, weighted_moments
 from hap_hf.inputs.readers import Reader, readers_of
 from hap_hf.names.group import Group, Role
@@ -42,9 +41,9 @@ class Reconstruction(MaskGGN):
         """Return the scores; see the class."""
         model, processes = task.evidence.model, task.evidence.processes
         readers = {reader.path: reader for reader in readers_of(model, task.groups)}
-        heard = Moments(list(readers), processes)
-        told = heard if task.listener is None else _Both(heard, task.listener)
-        scores = super().score(replace(task, listener=told))
+        # Compensation wants the same of the same layers, and these products are dear.
+        heard = task.listener if isinstance(task.listener, Moments) else Moments(list(readers), processes)
+        scores = super().score(replace(task, listener=heard))
         moments, num_batches = heard.total()
         # Not told of all batches where each sample is differentiated alone.
         if num_batches != scores.num_batches and readers:
@@ -67,20 +66,6 @@ class Reconstruction(MaskGGN):
                 share = (went.costs / went.own.clamp_min(torch.finfo(went.own.dtype).tiny)).clamp(max=1)
                 errors[group.name] = errors[group.name] * share.to(errors[group.name])
         return replace(scores, sensitivity=sensitivity, standard_error=errors)
-
-
-class _Both:
-    """Tells two listeners what layers read."""
-
-    def __init__(self, first: Moments, second: InputListener) -> None:
-        self._listeners = first, second
-        self.paths = list(dict.fromkeys([*first.paths, *second.paths]))
-
-    def hear(self, index: int, num_samples: int, read: Sequence[ReadInput], weights: Sequence[Tensor]) -> None:
-        """Tell each what its own layers read."""
-        for listener in self._listeners:
-            own = [(r, w) for r, w in zip(read, weights, strict=True) if r.path in set(listener.paths)]
-            listener.hear(index, num_samples, [r for r, _ in own], [w for _, w in own])
 
 
 def _readings(

@@ -19,6 +19,7 @@ from hap_hf.names.bypass import BypassPlan
 from hap_hf.names.plan import GroupPlan
 from hap_hf.reconstruction.blocks import Block, PathGains, blocks
 from hap_hf.reconstruction.implanted import implanted_rows
+from hap_hf.reconstruction.stations import fitted_layers
 from hap_hf.reconstruction.walk import Walk
 from hap_hf.surgery import bypassed
 
@@ -135,7 +136,7 @@ class _Fitting:
 
     def blocks(self) -> dict[str, Block]:
         """Return the blocks that paths may lie beside."""
-        return blocks(self._evidence, self._stage, Walk(self._evidence, self._gone).layers)
+        return blocks(self._evidence, self._stage, fitted_layers(self._evidence.model))
 
     def run(self, beside: Mapping[str, Block], ranks: Mapping[str, int] | None) -> tuple[Walk, dict[str, Tensor]]:
         """Return a walk that was gone, and the values that it found."""
