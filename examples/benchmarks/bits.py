@@ -28,7 +28,7 @@ from pathlib import Path
 import onnxruntime
 import torch
 from rows import Row, Rows, made_in_processes
-from subjects import Subject, describe_flags, make_subject
+from subjects import Subject, benchmark_parser, make_subject
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
@@ -86,12 +86,7 @@ def main(argv: Sequence[str] | None = None) -> str:
         The table in markdown, with the command that made it.
     """
     words = list(sys.argv[1:] if argv is None else argv)
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        epilog=describe_flags(),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = benchmark_parser(__doc__)
     parser.add_argument("--work_dir", type=Path, required=True, help="folder for models and results")
     parser.add_argument("--versions", nargs="+", choices=VERSIONS, default=[*VERSIONS], help="which rows")
     parser.add_argument("--keep", type=float, default=0.5, help="share of the prunable parameters to keep")

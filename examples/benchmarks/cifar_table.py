@@ -12,7 +12,6 @@ was interrupted goes on where it stopped, and a row is made anew only if its fla
         --seeds 0 1 2
 """
 
-import argparse
 import copy
 import logging
 import shlex
@@ -23,7 +22,7 @@ from pathlib import Path
 
 import torch
 from rows import Row, Rows
-from subjects import Subject, describe_flags, make_subject
+from subjects import Subject, benchmark_parser, make_subject
 from transformers import set_seed
 
 from hap_hf import (
@@ -53,12 +52,7 @@ def main(argv: Sequence[str] | None = None) -> str:
         The table in markdown, with the command that made it.
     """
     words = list(sys.argv[1:] if argv is None else argv)
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        epilog=describe_flags(),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = benchmark_parser(__doc__)
     parser.add_argument("--work_dir", type=Path, required=True, help="folder for the dense model and the results")
     parser.add_argument("--keep", type=float, nargs="+", default=[0.7, 0.5, 0.3], help="shares of parameters to keep")
     parser.add_argument("--implant_ratio", type=float, default=0.3, help="implanted share of the cut units, 0 for none")

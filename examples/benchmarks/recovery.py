@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 from rows import Row, Rows
-from subjects import Subject, describe_flags, make_subject
+from subjects import Subject, benchmark_parser, make_subject
 from torch import nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback, set_seed
 from transformers.trainer_utils import get_last_checkpoint
@@ -106,12 +106,7 @@ def main(argv: Sequence[str] | None = None) -> str:
 
 def parser_of() -> argparse.ArgumentParser:
     """Return the parser of what is not the subject's."""
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        epilog=describe_flags(),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = benchmark_parser(__doc__)
     parser.add_argument("--work_dir", type=Path, required=True, help="folder for the dense model and the results")
     parser.add_argument("--keep", type=float, nargs="+", default=[0.5, 0.3], help="shares of parameters to keep")
     parser.add_argument(

@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 from rows import Row, Rows
-from subjects import Subject, describe_flags, make_subject
+from subjects import Subject, benchmark_parser, make_subject
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
@@ -54,12 +54,7 @@ def main(argv: Sequence[str] | None = None) -> str:
         The table in markdown, with the command that made it.
     """
     words = list(sys.argv[1:] if argv is None else argv)
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        epilog=describe_flags(),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = benchmark_parser(__doc__)
     parser.add_argument("--work_dir", type=Path, required=True, help="folder for the dense models and the results")
     parser.add_argument("--keep", type=float, nargs="+", default=[0.5, 0.3, 0.15], help="shares of parameters to keep")
     parser.add_argument("--repairs", nargs="+", choices=REPAIRS, default=[*REPAIRS], help="what to do after the choice")

@@ -37,7 +37,7 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-from subjects import describe_flags, make_subject
+from subjects import benchmark_parser, make_subject
 from trace_peers import PEERS, is_installed
 from trace_runs import ESTIMATORS, SPLIT, run_alone
 from trace_table import Reference, Row, to_markdown
@@ -89,12 +89,7 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     Returns:
         The settings; ``flags`` are those of the subject.
     """
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        epilog=describe_flags(),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = benchmark_parser(__doc__)
     parser.add_argument("--work_dir", type=Path, required=True, help="folder for the dense model and the results")
     parser.add_argument("--estimators", nargs="+", default=list(ESTIMATORS), choices=list(ESTIMATORS))
     parser.add_argument("--probes", type=int, nargs="+", default=[3, 10, 30, 100, 300], help="numbers of probes")

@@ -33,7 +33,7 @@ from typing import ClassVar
 
 import torch
 from rows import Row, Rows
-from subjects import Subject, describe_flags, make_subject
+from subjects import Subject, benchmark_parser, make_subject
 from torch_pruning_peer import IMPORTANCES, prune_with_torch_pruning
 
 from hap_hf import (
@@ -93,12 +93,7 @@ def main(argv: Sequence[str] | None = None) -> str:
         The table in markdown, with the command that made it.
     """
     words = list(sys.argv[1:] if argv is None else argv)
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        epilog=describe_flags(),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = benchmark_parser(__doc__)
     parser.add_argument("--work_dir", type=Path, required=True, help="folder for the dense models and the results")
     parser.add_argument("--shares", type=float, nargs="+", default=[0.2, 0.35, 0.5, 0.65], help="shares to remove")
     parser.add_argument("--criteria", nargs="+", default=["mask_ggn@4+", *known_criteria()], help="how to score")

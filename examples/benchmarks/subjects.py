@@ -105,6 +105,23 @@ def fine_tune_(
         model.__dict__.pop("forward", None)  # accelerate leaves its autocast around it
 
 
+def benchmark_parser(description: str | None) -> argparse.ArgumentParser:
+    """Return a parser for the flags of one benchmark, which leaves those of its subject alone.
+
+    Args:
+        description: What the benchmark does.
+
+    Returns:
+        The parser, without flags.
+    """
+    return argparse.ArgumentParser(
+        description=description,
+        epilog=describe_flags(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+
+
 def describe_flags() -> str:
     """Return what ``--help`` says of the flags that all benchmarks of a subject have in common."""
     parser = HfArgumentParser([MaterialArguments], usage=argparse.SUPPRESS, add_help=False)
