@@ -1,4 +1,4 @@
-"""Predicted against measured loss."""
+"""Predicted and measured loss at each size."""
 
 from hap_hf.errors import ConfigError
 from hap_hf.plots.picture import DARK, MIDDLE, SMALL, TEXT, Picture
@@ -6,10 +6,10 @@ from hap_hf.tradeoff import Tradeoff
 
 
 def plot_losses(sweep: Tradeoff) -> Picture:
-    """Draw how much the loss rose against what the scores of the units that went add up to.
+    """Draw the loss at each size beside the one that the scores of the units that went add up to.
 
-    On the diagonal the scores say what happens. Above it, units that stood in for each other went together; below it,
-    compensation made up for some of them.
+    Where the lines meet the scores say what happens. Where the measured one is above, units that stood in for each
+    other went together; where it is below, compensation made up for some of them.
 
     Args:
         sweep: What was measured.
@@ -20,30 +20,22 @@ def plot_losses(sweep: Tradeoff) -> Picture:
     Raises:
         ConfigError: If no point has a prediction.
     """
-    points = [p for p in sweep.points if p.predicted is not None and p.keep < 1]
+    points = sorted((p for p in sweep.points if p.predicted is not None and p.keep < 1), key=lambda p: -p.keep)
     if not points:
         raise ConfigError("no point has a prediction: only scores that are an increase of the loss predict one")
-    picture = Picture(3.6, "Predicted and measured increase of the loss")
+    dense = sweep.dense.loss
+    picture = Picture(3.2, "Predicted and measured loss")
     axes = picture.subplots()
-    predicted = [p.predicted or 0.0 for p in points]
-    measured = [p.loss - sweep.dense.loss for p in points]
-    least = min((v for v in [*predicted, *measured] if v > 0), default=1e-6)
-    most = max([*predicted, *measured, 2 * least])
-    axes.plot([least / 2, most * 2], [least / 2, most * 2], color=MIDDLE, linestyle=(0, (3, 1)), label="as predicted")
-    for rose, marker, word in ((True, "o", "loss rose"), (False, "v", "loss fell or stayed, drawn at the bottom")):
-        chosen = [(x, max(y, least / 2)) for x, y in zip(predicted, measured, strict=True) if (y > 0) == rose]
-        if chosen:
-            x, y = zip(*chosen, strict=True)
-            axes.scatter(x, y, s=26, marker=marker, color="white", edgecolors=DARK, zorder=2, label=word)
-    for point, at, rise in zip(points, predicted, measured, strict=True):
-        axes.annotate(
-            f"{point.keep:.0%}", (at, max(rise, least / 2)), (5, -3), textcoords="offset points", fontsize=SMALL
-        )
-    axes.set_xscale("log")
-    axes.set_yscale("log")
-    axes.set_xlabel("sum of the sensitivities of what went", fontsize=TEXT)
-    axes.set_ylabel("measured increase", fontsize=TEXT)
-    axes.set_title("share of the prunable part that is kept beside each point", fontsize=TEXT)
+    axes.axhline(dense, color=MIDDLE, linewidth=0.8, linestyle=(0, (1, 2)), label="dense model")
+    kept = [100 * p.keep for p in points]
+    predicted = [dense + (p.predicted or 0.0) for p in points]
+    marks = {"markersize": 5, "markerfacecolor": "white", "linewidth": 1}
+    axes.plot(kept, predicted, color=MIDDLE, marker="s", linestyle="--", label="predicted by the scores", **marks)
+    axes.plot(kept, [p.loss for p in points], color=DARK, marker="o", label="measured, nothing trained", **marks)
+    axes.invert_xaxis()
+    axes.set_xlabel("kept of the prunable part, %", fontsize=TEXT)
+    axes.set_ylabel("loss", fontsize=TEXT)
+    axes.grid(color="0.9", linewidth=0.6)
     axes.tick_params(labelsize=SMALL)
     axes.legend(fontsize=SMALL, frameon=False)
     return picture

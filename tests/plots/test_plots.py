@@ -104,8 +104,10 @@ def test_the_chosen_point_is_the_smallest_that_is_nearly_as_good():
 
 def test_predicted_and_measured_losses_are_those_of_the_points():
     (axes,) = plots.plot_losses(SWEEP).axes
-    drawn = [tuple(map(float, xy)) for marks in axes.collections for xy in marks.get_offsets()]
-    assert drawn == [pytest.approx((0.005, 0.01)), pytest.approx((0.1, 0.2))]
+    dense, predicted, measured = (line.get_xydata().tolist() for line in axes.lines)
+    assert [y for _, y in dense] == [0.2, 0.2]
+    assert predicted == [pytest.approx([70, 0.205]), pytest.approx([40, 0.3])]
+    assert measured == [pytest.approx([70, 0.21]), pytest.approx([40, 0.4])]
 
 
 def test_the_frontier_is_drawn_with_the_same_bits_for_all_and_the_chosen_ones():
