@@ -9,7 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import huggingface_hub
-from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from safetensors import safe_open
 
 from hap_hf.checkpoint.entry import QUANT_METHODS, HapPlanConfig
@@ -72,8 +78,11 @@ def read_header(model: str | os.PathLike[str], revision: str | None = None) -> H
             f"there is no folder {str(model)!r}, and the Hub has no such model or keeps it private; if it is yours, "
             "log in with `hf auth login`, or set HF_TOKEN"
         ) from error
-    except HfHubHTTPError as error:
-        raise ConfigError(f"the Hub did not answer for {model}: {error}") from error
+    # Names that the Hub does not allow are a ValueError, and no connection is one of several others.
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        raise ConfigError(
+            f"there is no folder {str(model)!r}, and it could not be read from the Hub: {error}"
+        ) from error
     entries = [t for file in found.files_metadata.values() for t in file.tensors.values()]
     return _header(config, [(t.dtype, t.shape) for t in entries], str(model))
 

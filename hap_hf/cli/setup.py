@@ -100,8 +100,7 @@ def load(model: str, task: str | None) -> Loaded:
     Raises:
         ConfigError: If there is no such folder, or the config says no task.
     """
-    _check_name(model)
-    found = task_of(transformers.AutoConfig.from_pretrained(model), task)
+    found = task_of(config_of(model), task)
     loaded = found.auto.from_pretrained(model)
     return Loaded(loaded, _processor(model, found), found)
 
@@ -120,8 +119,7 @@ def set_up(given: Given, *, train_on_all: bool = False) -> Setup:
         ConfigError: If it does not go together.
     """
     transformers.set_seed(given.seed)
-    _check_name(given.model)
-    config = transformers.AutoConfig.from_pretrained(given.model)
+    config = config_of(given.model)
     task = task_of(config, given.task)
     rows = rows_of(given.data, held_out=given.held_out, seed=given.seed)
     model = task.auto.from_pretrained(given.model)
@@ -138,10 +136,28 @@ def set_up(given: Given, *, train_on_all: bool = False) -> Setup:
     return Setup(model, processor, task, samples, collate, _in_batches(scored, collate, given.batch_size), judge)
 
 
-def _check_name(model: str) -> None:
-    """Check that something that looks like a path is there; else it would be looked for on the Hub."""
-    if (model.startswith((".", "/", "~")) or model.count("/") > 1) and not Path(model).is_dir():
+def config_of(model: str) -> Any:
+    """Return the config of a model.
+
+    Args:
+        model: A folder or a name on the Hub.
+
+    Returns:
+        The config.
+
+    Raises:
+        ConfigError: If there is no such folder, and nothing of that name could be read from the Hub.
+    """
+    there = Path(model).is_dir()
+    # What looks like a path would be looked for on the Hub.
+    if (model.startswith((".", "/", "~")) or model.count("/") > 1) and not there:
         raise ConfigError(f"there is no folder {model!r}")
+    try:
+        return transformers.AutoConfig.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        if there:
+            raise ConfigError(f"{model} holds no model that can be read: {error}") from error
+        raise ConfigError(f"there is no folder {model!r}, and it could not be read from the Hub: {error}") from error
 
 
 def _longest(config: Any, processor: Any, task: Task) -> int:

@@ -7,6 +7,7 @@ import typer
 
 from hap_hf.checkpoint import save_pruned
 from hap_hf.cli import options
+from hap_hf.cli.setup import config_of
 from hap_hf.cli.tasks import task_of
 from hap_hf.cli.told import told
 
@@ -18,8 +19,7 @@ def vanilla(
     task: options.Task = None,
 ) -> None:
     """Save a pruned checkpoint so that it loads without hap_hf, if a stock config can describe it."""
-    config = transformers.AutoConfig.from_pretrained(model)
-    loaded = task_of(config, task).auto.from_pretrained(model)
+    loaded = task_of(config_of(model), task).auto.from_pretrained(model)
     save_pruned(loaded, out, vanilla=True)
     for auto in (transformers.AutoTokenizer, transformers.AutoImageProcessor):
         try:

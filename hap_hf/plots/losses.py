@@ -1,5 +1,7 @@
 """Predicted and measured loss at each size."""
 
+from typing import Any
+
 from hap_hf.errors import ConfigError
 from hap_hf.plots.picture import DARK, MIDDLE, SMALL, TEXT, Picture
 from hap_hf.tradeoff import Tradeoff
@@ -29,7 +31,7 @@ def plot_losses(sweep: Tradeoff) -> Picture:
     axes.axhline(dense, color=MIDDLE, linewidth=0.8, linestyle=(0, (1, 2)), label="dense model")
     kept = [100 * p.keep for p in points]
     predicted = [dense + (p.predicted or 0.0) for p in points]
-    marks = {"markersize": 5, "markerfacecolor": "white", "linewidth": 1}
+    marks: dict[str, Any] = {"markersize": 5, "markerfacecolor": "white", "linewidth": 1}
     axes.plot(kept, predicted, color=MIDDLE, marker="s", linestyle="--", label="predicted by the scores", **marks)
     axes.plot(kept, [p.loss for p in points], color=DARK, marker="o", label="measured, nothing trained", **marks)
     axes.invert_xaxis()
