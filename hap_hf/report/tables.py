@@ -44,8 +44,10 @@ def plain_text(facts: Facts, columns: Sequence[str], rows: Rows, *, num_totals: 
         The text, without colours.
     """
     table = Table(box=ASCII_DOUBLE_HEAD)
+    # Names are searched for and copied, so they stay in one piece as long as that leaves room for the numbers.
+    whole = max((len(row[0]) for row in rows), default=0) <= width // 2
     for number, name in enumerate(columns):
-        table.add_column(name, justify="right" if number else "left", overflow="fold")
+        table.add_column(name, justify="right" if number else "left", overflow="fold", no_wrap=whole and not number)
     for number, row in enumerate(rows):
         # Text, as rich would read square brackets in a string as markup.
         table.add_row(*(Text(_printable(cell)) for cell in row), end_section=number == len(rows) - num_totals - 1)
