@@ -87,6 +87,34 @@ def with_bypasses(
     return best
 
 
+def with_given_bypasses(
+    evidence: Evidence,
+    stage: Sequence[GroupPlan],
+    bypasses: Sequence[BypassPlan],
+    repair: Repair,
+    compensation: Compensation | None,
+) -> Repair:
+    """Return a repair with weights for paths that are part of a plan, if it is better than with silent ones.
+
+    Args:
+        evidence: What to fit to, and to compute the loss on.
+        stage: What happens to the units.
+        bypasses: The paths.
+        repair: The repair without.
+        compensation: What was measured for layers that are not fitted one by one.
+
+    Returns:
+        The better one. Without weights for them, paths add nothing until they are trained.
+    """
+    wanted = {b.exit: b.rank for b in bypasses}
+    found = bypassed_repair(evidence, stage, compensation, wanted)
+    fitted = {b.exit: b.rank for b in found.bypasses} == wanted
+    if fitted and found.loss is not None and (repair.loss is None or found.loss < repair.loss):
+        return found
+    logger.info("%d bypasses of the plan begin silent: %s", len(wanted), found.loss if fitted else "cannot be fitted")
+    return repair
+
+
 def _at_price(
     evidence: Evidence,
     groups: Sequence[Group],

@@ -6,6 +6,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from hap_hf.admission import NOT_IN_STEP
+from hap_hf.bypassing import with_given_bypasses
 from hap_hf.checkpoint import check_recordable, record_plan
 from hap_hf.compensation import Compensation
 from hap_hf.config import HapConfig
@@ -123,6 +124,9 @@ def prune_as_planned(
             compensation = Compensation.measure(evidence, chosen, num_output_probes=num_output_probes)
             clock.lap("measuring")
         moments, repair = around_cut(evidence, config, stage, compensation, clock)
+        if (given := planned.plan.bypasses[0]) and config.reconstructs:
+            repair = with_given_bypasses(evidence, stage, given, repair, compensation)
+            clock.lap("bypasses")
         after = cut_(evidence, config, planned.plan, repair, moments, optimizer, clock)
         loss = mean_loss(evidence)
         record_plan(model, planned.plan)

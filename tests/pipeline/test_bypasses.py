@@ -188,3 +188,31 @@ def test_settings_are_written_and_read():
     assert HapConfig.from_dict(config.to_dict()) == config
     with pytest.raises(ConfigError, match="implants"):
         HapConfig(target_params=0.5, implants="some")
+
+
+@pytest.mark.parametrize("reconstruct", [True, False])
+def test_paths_of_a_given_plan_are_fitted_at_its_time_or_begin_silent_and_learn(decided, tmp_path, reconstruct):
+    model, batches, config, decision = decided
+    settings = replace(config, implants="rows", reconstruct=reconstruct, compensate=reconstruct)
+    answers = {}
+    for rate in (0.0, 1e-2):
+        pruner = HessianPruner(settings, plan=decision.plan)
+        trainer = make_trainer(tmp_path, copy.deepcopy(model), pruner, max_steps=2, learning_rate=rate)
+        trainer.train()
+        paths = [m for m in trainer.model.modules() if isinstance(m, Bypass)]
+        assert len(paths) == len(decision.bypasses)
+        assert plan_of(trainer.model).bypasses == decision.plan.bypasses
+        assert any(m.up.weight.any() for m in paths) == (reconstruct or rate > 0)
+        answers[rate] = logits(trainer.model.eval(), batches[0])
+        trainer.save_model(tmp_path)
+        again = AutoModelForSequenceClassification.from_pretrained(tmp_path, dtype=torch.float64)
+        assert torch.equal(logits(again.eval(), batches[0]), answers[rate])
+    with masked(model, {g.group: g.units("p") for g in decision.stage}):
+        silent = logits(model, batches[0])
+    assert torch.allclose(answers[0.0], silent, rtol=0, atol=1e-10) == (not reconstruct)
+    pruned = copy.deepcopy(model)
+    carry_out_(pruned, decision)
+    near = (logits(pruned, batches[0]) - answers[0.0]).abs().max()
+    # On the same batches as the decision it would be the same; the Trainer's are others.
+    assert (near < (silent - logits(pruned, batches[0])).abs().max() / 2) == reconstruct
+    assert not torch.allclose(answers[1e-2], answers[0.0])
