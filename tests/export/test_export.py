@@ -92,6 +92,29 @@ def test_integers_compute_what_the_quantized_model_does(integers, tmp_path):
     assert {"MatMulIntegerToFloat", "QLinearMatMul"} & set(operators(tmp_path / "fast.onnx"))
 
 
+@pytest.mark.parametrize("family", ["vit", "llama", "t5"])
+def test_families_come_back_bit_for_bit_and_compute_the_same_as_integers(family, tmp_path):
+    model, batch = pruned(family)
+    quantize_(model.eval(), [batch], BitConfig())
+    model.save_pretrained(tmp_path / "saved")
+    again = type(model).from_pretrained(tmp_path / "saved").eval()
+    hap_hf.export(model, batch, tmp_path / "model.onnx", "onnx-int8")
+    inputs = longer(batch)
+    if family == "t5":  # the file takes what the model makes of the labels
+        labels = torch.cat([batch["labels"], batch["labels"].flip(0)])[:5]
+        inputs["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels)
+    with torch.no_grad():
+        expected = model(**inputs).logits
+        assert torch.equal(again(**inputs).logits, expected)
+        rounded = [m for m in again.modules() if isinstance(m, Quantized)]
+        assert rounded
+        for m in rounded:
+            m.get_parameter("weight" if hasattr(m, "weight") else "down.weight").mul_(1.5)
+        assert not torch.allclose(again(**inputs).logits, expected, atol=1e-3)
+    found = logits_of(session(tmp_path / "model.onnx"), inputs)
+    assert (found - expected).norm() < 1e-3 * expected.norm()
+
+
 def test_openvino_reads_the_same_file(integers):
     openvino = pytest.importorskip("openvino", reason="OpenVINO is not installed")
     model, batch, path = integers
