@@ -53,6 +53,20 @@ def position_weights(grad: Tensor, channels: int) -> Tensor:
     return grad.to(accumulation_dtype(grad.dtype)).square().sum(channels, keepdim=True)
 
 
+def gradient_moment(grad: Tensor, channels: int) -> Tensor:
+    """Return the sum of ``g g^T`` over the positions of a gradient.
+
+    Args:
+        grad: Gradient of what a layer reads.
+        channels: The dimension of its features or channels.
+
+    Returns:
+        The moment, ``[channels, channels]``, in float32 (float64 for float64 gradients).
+    """
+    flat = grad.to(accumulation_dtype(grad.dtype)).movedim(channels, -1).flatten(0, -2)
+    return flat.T @ flat
+
+
 class InputListener(Protocol):
     """Is told what layers read, while gradients of samples are taken anyway."""
 
@@ -60,7 +74,18 @@ class InputListener(Protocol):
     def paths(self) -> Collection[str]:
         """Names of the layers whose inputs are wanted."""
 
-    def hear(self, index: int, num_samples: int, read: Sequence[ReadInput], weights: Sequence[Tensor]) -> None:
+    @property
+    def gradients_at(self) -> Collection[str]:
+        """Names of those of which the moments of the gradients are wanted, too."""
+
+    def hear(
+        self,
+        index: int,
+        num_samples: int,
+        read: Sequence[ReadInput],
+        weights: Sequence[Tensor],
+        gradients: Mapping[str, Tensor],
+    ) -> None:
         """Take the inputs of one batch.
 
         Args:
@@ -69,6 +94,8 @@ class InputListener(Protocol):
             read: What was read, call by call.
             weights: For each the expected squared norm of the gradient at each position, as of
                 :meth:`ReadInput.weights`.
+            gradients: The expected :func:`gradient_moment` by name of the layer, where it is wanted and the loss was
+                reached.
         """
 
 

@@ -1,7 +1,7 @@
 """Watching the layers of a model, so that one backward pass gives the gradients of every sample."""
 
 from collections import Counter
-from collections.abc import Callable, Collection, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -14,7 +14,15 @@ from torch.utils.hooks import RemovableHandle
 
 from hap_hf.curvature.graph import not_a_view, reached_otherwise
 from hap_hf.curvature.hvp import listed
-from hap_hf.curvature.input_watch import InputCall, ReadInput, branch, position_weights, read_by_mask
+from hap_hf.curvature.input_watch import (
+    InputCall,
+    InputListener,
+    ReadInput,
+    branch,
+    gradient_moment,
+    position_weights,
+    read_by_mask,
+)
 from hap_hf.curvature.layers import MatrixCall, NotPerSampleError, multiplies_by_matrix
 from hap_hf.curvature.marginals import Marginals, Wanted, chunks
 from hap_hf.curvature.replay import ReplayedCall
@@ -42,14 +50,16 @@ class LayerWatch:
     Args:
         model: The model, in which only the weights require gradients.
         wanted: The weights, and what is asked for.
-        listened: Names of projections whose inputs are remembered, with the gradients there.
+        listener: Is going to be told what some layers read, and of the gradients there.
     """
 
-    def __init__(self, model: nn.Module, wanted: Wanted, listened: Collection[str] = ()) -> None:
-        self.model, self.wanted = model, wanted
-        self._listened = {id(model.get_submodule(path)): path for path in listened}
+    def __init__(self, model: nn.Module, wanted: Wanted, listener: InputListener | None = None) -> None:
+        self.model, self.wanted, self._listener = model, wanted, listener
+        self._listened = {id(model.get_submodule(path)): path for path in (listener.paths if listener else ())}
         self.read: list[ReadInput] = []  # by the listened layers since the recording began
-        self.read_weights: dict[int, Tensor] = {}  # at these inputs, from the last backward pass
+        # At these inputs, from the last backward pass; moments by name of the layer.
+        self.read_weights: dict[int, Tensor] = {}
+        self.read_gradients: dict[str, Tensor] = {}
         self._handles: list[RemovableHandle] = []
         self._calls: list[_Seen] = []
         self._obstacle: NotPerSampleError | None = None
@@ -76,7 +86,7 @@ class LayerWatch:
             handle.remove()
         self._calls.clear()
         self.read.clear()
-        self.read_weights.clear()
+        self.read_weights, self.read_gradients = {}, {}
 
     @contextmanager
     def recording(self) -> Generator[None, None, None]:
@@ -106,6 +116,10 @@ class LayerWatch:
     def _weigh(self, index: int, channels: int, grad: Tensor) -> None:
         """Take the gradient of what a layer read."""
         self.read_weights[index] = position_weights(grad, channels)
+        path = self.read[index].path
+        if self._listener is not None and path in self._listener.gradients_at:
+            moment = gradient_moment(grad, channels)
+            self.read_gradients[path] = self.read_gradients[path] + moment if path in self.read_gradients else moment
 
     def _record(
         self,
@@ -185,7 +199,7 @@ class LayerWatch:
         # With their calls; all other gradients are reduced at once and need not be kept.
         later: dict[int, tuple[MatrixCall | ReplayedCall, Tensor]] = {}
         masks: Marginals = {}
-        self.read_weights = {}
+        self.read_weights, self.read_gradients = {}, {}
 
         def arrived(index: int, grad: Tensor) -> None:
             call, attributes = self._calls[index].call, self._calls[index].attributes

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -12,13 +13,15 @@ from torch import Tensor, nn
 from hap_hf.curvature.batch_loss import Total, check_counts
 from hap_hf.curvature.forward import Directions, Forward, SampleBatch
 from hap_hf.curvature.hvp import accumulation_dtype, listed
-from hap_hf.curvature.input_watch import InputListener, ReadInput
+from hap_hf.curvature.input_watch import InputListener
 from hap_hf.curvature.layer_watch import LayerWatch
 from hap_hf.curvature.layers import NotPerSampleError
 from hap_hf.curvature.marginals import Marginals, Wanted, squared
 from hap_hf.errors import CurvatureError
 
 logger = logging.getLogger(__name__)
+
+_K = TypeVar("_K")
 
 ReduceSamples = Callable[[Marginals], Tensor]
 """Maps the statistics of each sample's gradient to a number for each sample and block, ``[samples, num_blocks]``."""
@@ -131,8 +134,10 @@ class SampleMeans:
 
     def _together(self, batch: SampleBatch, index: int) -> Tensor:
         """Return the values of all samples from the same backward passes."""
-        total, heard = torch.zeros(()), _Heard()
-        with LayerWatch(self.model, self.wanted, self.listener.paths if self.listener else ()) as watch:
+        total = torch.zeros(())
+        weights: dict[int, Tensor] = {}
+        gradients: dict[str, Tensor] = {}
+        with LayerWatch(self.model, self.wanted, self.listener) as watch:
             with watch.recording():
                 forward = Forward(self.model, batch, self.wanted, index)
             for factor, vectors in self.directions(forward):
@@ -142,9 +147,15 @@ class SampleMeans:
                     self._check(batch, forward, vectors, sums, watch.tolerance)
                     self.watchable.answer = True
                 total = total.to(values) + factor * values
-                heard.add(watch.read_weights, factor / self.scale**2)
+                _add(weights, watch.read_weights, factor / self.scale**2)
+                _add(gradients, watch.read_gradients, factor / self.scale**2)
             if self.listener is not None:
-                self.listener.hear(index, batch.num_rows, watch.read, heard.of(watch.read))
+                # Inputs that no backward pass reached weigh nothing.
+                every = [
+                    weights[i].detach() if i in weights else r.weights(torch.zeros_like(r.x))
+                    for i, r in enumerate(watch.read)
+                ]
+                self.listener.hear(index, batch.num_rows, watch.read, every, gradients)
         return total
 
     def _one_by_one(self, batch: SampleBatch, index: int) -> Iterator[Tensor]:
@@ -244,19 +255,7 @@ def rows_of_sample(vectors: Sequence[Tensor], n: int, num_samples: int, alone: F
     return [v.reshape(num_samples, -1)[n] for v in vectors]
 
 
-class _Heard:
-    """Weights of the positions of inputs, added up over backward passes."""
-
-    def __init__(self) -> None:
-        self._sums: dict[int, Tensor] = {}
-
-    def add(self, weights: Mapping[int, Tensor], factor: float) -> None:
-        """Add the weights of one backward pass, by index of the input."""
-        for index, w in weights.items():
-            self._sums[index] = self._sums[index] + factor * w if index in self._sums else factor * w
-
-    def of(self, read: Sequence[ReadInput]) -> list[Tensor]:
-        """Return the sums; zeros for inputs that no backward pass reached."""
-        return [
-            self._sums[i].detach() if i in self._sums else r.weights(torch.zeros_like(r.x)) for i, r in enumerate(read)
-        ]
+def _add(sums: dict[_K, Tensor], found: Mapping[_K, Tensor], factor: float) -> None:
+    """Add what one backward pass gave to the sums over all."""
+    for key, x in found.items():
+        sums[key] = sums[key] + factor * x if key in sums else factor * x

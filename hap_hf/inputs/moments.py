@@ -1,6 +1,6 @@
 """Second moments of what layers read, weighted by how much it reaches the loss."""
 
-from collections.abc import Collection, Generator, Sequence
+from collections.abc import Collection, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 
@@ -19,7 +19,7 @@ from hap_hf.curvature import (
 )
 from hap_hf.curvature.batch_loss import check_counts
 from hap_hf.curvature.hvp import listed
-from hap_hf.curvature.input_watch import branch
+from hap_hf.curvature.input_watch import branch, gradient_moment
 from hap_hf.errors import CurvatureError
 from hap_hf.evidence.evidence import Evidence
 from hap_hf.evidence.processes import Processes
@@ -55,27 +55,43 @@ def weighted_moments(
         CurvatureError: If a derivative is not finite.
         UnsupportedModelError: As for :func:`~hap_hf.curvature.ggn.estimate_ggn`, where the loss was not tried.
     """
-    model = evidence.model
+    moments = Moments(paths, evidence.processes)
+    measure_moments(evidence, moments, num_output_probes)
+    return moments.total()[0]
+
+
+def measure_moments(evidence: Evidence, moments: "Moments", num_output_probes: int | None = 1) -> None:
+    """Do what :func:`weighted_moments` does, with sums that can do more.
+
+    Args:
+        evidence: The model, the batches, and how they are computed.
+        moments: Is told what the layers read.
+        num_output_probes: Backward passes per batch; None for as many as there are outputs.
+
+    Raises:
+        BatchError: If there are no batches, or no loss terms in them.
+        CurvatureError: If a derivative is not finite.
+        UnsupportedModelError: As for :func:`~hap_hf.curvature.ggn.estimate_ggn`, where the loss was not tried.
+    """
+    model, paths = evidence.model, moments.paths
     weights = {f"{path}.weight": model.get_submodule(path).get_parameter("weight") for path in paths}
     # Without output curvature the gradients of the labels at hand stand in for it.
     curved = evidence.facts.no_curvature is None
     directions = ggn_directions(evidence.signs, num_output_probes) if curved else loss_gradient
     scale, seen, num_terms = evidence.loss_scale(weights), 0, 0
-    moments = Moments(paths, evidence.processes)
     with evidence.ready(weights, "compensation", "batch") as tick:
         for index, batch in enumerate(evidence.samples()):
             seen, num_terms = seen + 1, num_terms + batch.num_terms
             if batch.num_terms:
                 with _watched(model, paths) as read:
                     forward = Forward(model, batch, Wanted(weights, {}, squared), index)
-                found, scale = _position_weights(forward, directions, read, scale)
-                moments.hear(index, batch.num_rows, read, found)
+                found, gradients, scale = _at_inputs(forward, directions, read, scale, moments.gradients_at)
+                moments.hear(index, batch.num_rows, read, found, gradients)
             tick()
     counts = evidence.processes.summed(
         "numbers of loss terms", {"counts": torch.tensor([seen, num_terms], device="cpu")}
     )
     check_counts(*counts["counts"].tolist())
-    return moments.total()[0]
 
 
 class Moments:
@@ -84,14 +100,23 @@ class Moments:
     Args:
         paths: Names of the layers.
         processes: The processes that measure together.
+        gradients_at: Names of those at whose inputs second moments of the gradients are added up, too.
     """
 
-    def __init__(self, paths: Collection[str], processes: Processes) -> None:
-        self.paths, self._processes = paths, processes
+    def __init__(self, paths: Collection[str], processes: Processes, gradients_at: Collection[str] = ()) -> None:
+        self.paths, self.gradients_at, self._processes = paths, gradients_at, processes
         self._sums: dict[str, Tensor] = {}
+        self._gradients: dict[str, Tensor] = {}
         self._num_batches = 0
 
-    def hear(self, index: int, num_samples: int, read: Sequence[ReadInput], weights: Sequence[Tensor]) -> None:
+    def hear(
+        self,
+        index: int,
+        num_samples: int,
+        read: Sequence[ReadInput],
+        weights: Sequence[Tensor],
+        gradients: Mapping[str, Tensor],
+    ) -> None:
         """Add what was read in one batch.
 
         Args:
@@ -100,17 +125,24 @@ class Moments:
                 what resembles each other.
             read: The inputs, call by call.
             weights: For each the weight of its positions, in its shape with one channel.
+            gradients: The moments of the gradients by name of the layer, where they are wanted.
         """
         # With one sample a batch, as language models are often fed, the batches take turns.
         parity = self._processes.number(index) % 2 if num_samples == 1 else 0
         self._num_batches += 1
         for r, w in zip(read, weights, strict=True):
             _add(self._sums, r, w, num_samples, parity)
+        for path, moment in gradients.items():
+            self._gradients[path] = self._gradients[path] + moment if path in self._gradients else moment
 
     def total(self) -> tuple[dict[str, Tensor], int]:
         """Return the sums over the batches of all processes by name of the layer, and the number of these batches."""
         count = self._processes.summed("numbers of batches", {"batches": torch.tensor([self._num_batches])})
         return dict(self._processes.summed("layer inputs", self._sums)), int(count["batches"])
+
+    def total_gradients(self) -> dict[str, Tensor]:
+        """Return the sums of ``g g^T`` over the gradients at inputs, ``[inputs, inputs]``, by name of the layer."""
+        return dict(self._processes.summed("gradients at layer inputs", self._gradients))
 
 
 @contextmanager
@@ -131,34 +163,42 @@ def _watched(model: nn.Module, paths: Collection[str]) -> Generator[list[ReadInp
             handle.remove()
 
 
-def _position_weights(
-    forward: Forward, directions: Directions, read: Sequence[ReadInput], scale: float
-) -> tuple[list[Tensor], float]:
-    """Return the weight of each position of each input, and the loss scale that did not overflow.
+def _at_inputs(
+    forward: Forward, directions: Directions, read: Sequence[ReadInput], scale: float, gradients_at: Collection[str]
+) -> tuple[list[Tensor], dict[str, Tensor], float]:
+    """Return what gradients say at each input, and the loss scale that did not overflow.
 
     Args:
         forward: The forward pass in which the inputs were noted, with its graph.
         directions: Yields where the backward passes of this forward pass start.
         read: The inputs, at their places in the graph.
         scale: Loss scale to begin with.
+        gradients_at: Names of layers of which moments are wanted.
 
     Returns:
-        The weights, in the shape of the input with one channel, and the scale.
+        The weight of each position, in the shape of the input with one channel; the moments of the gradients by name of
+        the layer; and the scale.
 
     Raises:
         CurvatureError: If a gradient is not finite.
     """
     while True:
         found = [torch.zeros_like(r.x.narrow(r.channels, 0, 1), dtype=accumulation_dtype(r.x.dtype)) for r in read]
+        moments: dict[str, Tensor] = {}
         for factor, vectors in directions(forward):
             targets, starts = forward.pulled_back(vectors, scale)
             grads = torch.autograd.grad(targets, [r.x for r in read], starts, retain_graph=True, allow_unused=True)
             for total, r, grad in zip(found, read, grads, strict=True):
-                if grad is not None:
-                    # Unscaled before it is squared, which would double the exponent of the scale.
-                    total += factor * r.weights(grad.to(total.dtype) / scale)
+                if grad is None:
+                    continue
+                # Unscaled before it is squared, which would double the exponent of the scale.
+                unscaled = grad.to(total.dtype) / scale
+                total += factor * r.weights(unscaled)
+                if r.path in gradients_at:
+                    moment = factor * gradient_moment(unscaled, r.channels)
+                    moments[r.path] = moments[r.path] + moment if r.path in moments else moment
         if all(torch.isfinite(w).all() for w in found):
-            return [w.detach() for w in found], scale
+            return [w.detach() for w in found], moments, scale
         if scale <= 1:
             culprits = [r.path for r, w in zip(read, found, strict=True) if not torch.isfinite(w).all()]
             raise CurvatureError(
