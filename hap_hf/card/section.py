@@ -81,16 +81,18 @@ def plan_in_words(plan: PruningPlan) -> list[str]:
     Returns:
         The lines.
     """
-    lines = []
+    lines = [f"in {len(plan.stages)} prunings, of which the table shows the last"] if len(plan.stages) > 1 else []
+    # Of what has one unit left, or is left alone, later stages know nothing.
+    first = {g.group.name: g for stage in reversed(plan.stages) for g in stage}
+    last = {g.group.name: g for stage in plan.stages for g in stage}
     for kind in Kind:
-        before, after = ([g for g in stage if g.group.kind is kind] for stage in (plan.stages[0], plan.stages[-1]))
-        if before:
+        after = [g for g in last.values() if g.group.kind is kind]
+        if after:
             widths = sorted(g.kept for g in after)
-            units = counts(
-                sum(g.group.num_units for g in before), sum(g.kept for g in after), sum(g.implanted for g in after)
-            )
+            before = sum(first[g.group.name].group.num_units for g in after)
+            units = counts(before, sum(widths), sum(g.implanted for g in after))
             lines.append(
-                f"{kind.value}: {units} in {len(before)} layers, {widths[0]:,} to {widths[-1]:,} of them in each"
+                f"{kind.value}: {units} in {len(after)} layers, {widths[0]:,} to {widths[-1]:,} of them in each"
             )
     return lines
 

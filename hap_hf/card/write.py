@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub.repocard_data import model_index_to_eval_results
 
 from hap_hf.card.facts import CardFacts
 from hap_hf.card.section import BEGIN, END, section
@@ -25,7 +26,7 @@ def write_card(facts: CardFacts, folder: str | os.PathLike[str], name: str = "")
         The file.
     """
     file = Path(folder) / "README.md"
-    card = ModelCard.load(file) if file.is_file() else None
+    card = ModelCard.load(file, ignore_metadata_errors=True) if file.is_file() else None
     name = name or Path(folder).resolve().name
     text = f"# {name}\n" if card is None else _without_section(card.text)
     data = _merged(card.data.to_dict() if card is not None else {}, facts, name)
@@ -47,19 +48,32 @@ def _merged(known: dict[str, Any], facts: CardFacts, name: str) -> ModelCardData
         values |= {"base_model": base, "base_model_relation": "finetune"}
     if facts.task:
         values["pipeline_tag"] = facts.task
-    if facts.task and facts.data and facts.results and "model-index" not in known:
+    if facts.task and facts.data and facts.results:
         last = list(facts.results)[-1]
         # By the name of the kind of metric, which the Hub has a list of.
         kind = "exact_match" if facts.metric == "exact match" else "accuracy"
-        values["model_name"] = name
-        values["eval_results"] = [
-            EvalResult(
-                task_type=facts.task,
-                dataset_type=Path(facts.data).name,
-                dataset_name=Path(facts.data).name,
-                metric_type=kind,
-                metric_name=facts.metric,
-                metric_value=round(facts.results[last], 4),
-            )
-        ]
+        own = EvalResult(
+            task_type=facts.task,
+            dataset_type=Path(facts.data).name,
+            dataset_name=Path(facts.data).name,
+            metric_type=kind,
+            metric_name=facts.metric,
+            metric_value=round(facts.results[last], 4),
+        )
+        model_name, others = _results(values.pop("model-index", None))
+        values["model_name"] = model_name or name
+        # What an earlier pruning into this folder was worth is no longer true.
+        values["eval_results"] = [r for r in others if _what(r) != _what(own)] + [own]
     return ModelCardData(**values, ignore_metadata_errors=True)
+
+
+def _results(index: Any) -> tuple[str, list[EvalResult]]:
+    """Return the name and the results of a model index; nothing where it is none."""
+    try:
+        return model_index_to_eval_results(index)
+    except (AttributeError, KeyError, TypeError, ValueError):
+        return "", []
+
+
+def _what(result: EvalResult) -> tuple[Any, ...]:
+    return result.task_type, result.dataset_type, result.dataset_name, result.metric_type, result.metric_name

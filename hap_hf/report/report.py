@@ -220,14 +220,15 @@ class PruningReport:
             for g in self.groups
         ]
         uncertain = "" if self.uncertain_units is None else f"{self.uncertain_units:,}"
-        # One short line a kind, as heads and neurons do not add up.
-        units = ", ".join(f"{kind.value} {counts(*self.units(kind))}" for kind in Kind if self.units(kind)[0])
         rows.append(("prunable part", "", *size_cells(self.prunable_before, self.prunable_after), uncertain))
-        rows.append(("whole model", units, *size_cells(self.before, self.after), ""))
+        rows.append(("whole model", "", *size_cells(self.before, self.after), ""))
         return rows
 
     def _facts(self) -> list[tuple[str, str]]:
+        # By kind, as heads and neurons do not add up; what can lose nothing is in no group.
+        units = ", ".join(f"{kind.value} {counts(*self.units(kind))}" for kind in Kind if self.units(kind)[0])
         facts = [
+            ("units of these groups", units),
             ("parameters", exact(self.before.params, self.after.params)),
             ("MACs per sample", exact(self.before.macs, self.after.macs)),
             ("prunable parameters", exact(self.prunable_before.params, self.prunable_after.params)),

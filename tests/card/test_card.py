@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 from documented import bert, text_batches
 from huggingface_hub import ModelCard
+from plans import plan_of
 
-from hap_hf import HapConfig, prune, record_plan
+from hap_hf import HapConfig, apply_plan_, find_groups, prune, record_plan
 from hap_hf.card import CardFacts, write_card
 from hap_hf.card.section import BEGIN, plan_in_words
+from hap_hf.names.plan import PruningPlan
 
 HELPERS = Path(__file__).parents[1] / "helpers"
 
@@ -143,5 +145,32 @@ def test_stages_of_several_rounds_are_one_line_a_kind():
         report = prune(model, text_batches(), HapConfig(target_params=keep, method="magnitude", progress=False))
     record_plan(model, type(report.plan)(()))
     lines = plan_in_words(CardFacts.of(model).plan)
-    assert lines[0].startswith("heads: 8 -> ")
-    assert len(lines) == 2
+    assert lines[0] == "in 2 prunings, of which the table shows the last"
+    assert lines[1].startswith("heads: 8 -> ")
+    assert len(lines) == 3
+
+
+def test_layers_with_one_head_left_count_when_others_are_pruned_again(tmp_path):
+    model, batch = bert(), text_batches()[0]
+    for gone in ([[0], [1, 2, 3]], [[0]]):
+        heads = [g for g in find_groups(model, batch) if g.kind == "heads" and g.num_units > 1]
+        plan = plan_of(dict(zip(heads, gone, strict=True)))
+        apply_plan_(model, plan)
+        record_plan(model, plan)
+    facts = CardFacts.of(model)
+    assert plan_in_words(facts.plan)[1:] == ["heads: 8 -> 3 in 2 layers, 1 to 2 of them in each"]
+    write_card(facts, tmp_path)
+    none_left = PruningPlan((facts.plan.stages[0], ()))
+    assert plan_in_words(none_left)[1:] == ["heads: 8 -> 4 in 2 layers, 1 to 3 of them in each"]
+
+
+def test_what_an_earlier_pruning_was_worth_goes_and_other_results_stay(pruned, tmp_path):
+    said = {"task": "text-classification", "data": "train.csv", "metric": "accuracy"}
+    for data, value in (("other.csv", 0.7), ("train.csv", 0.9), ("train.csv", 0.8)):
+        facts = CardFacts.of(pruned[0], **{**said, "data": data}, results={"before": 1.0, "after pruning": value})
+        card = ModelCard.load(write_card(facts, tmp_path))
+    found = {r.dataset_name: r.metric_value for r in card.data.eval_results}
+    assert found == {"other.csv": 0.7, "train.csv": 0.8}
+    (tmp_path / "README.md").write_text("---\nmodel-index: nonsense\n---\nMine.\n")
+    card = ModelCard.load(write_card(facts, tmp_path))
+    assert [r.metric_value for r in card.data.eval_results] == [0.8]

@@ -147,7 +147,8 @@ def test_the_markdown_holds_totals_and_every_group():
     assert "- parameters: 10,000 -> 9,000 (90.0%)" in text
     assert "- MACs per sample: 2,000,000 -> 1,500,000 (75.0%)" in text
     assert "| l.0:heads | heads 6 -> 4 | 1.07 k (66.7%) | 10.44 k (66.7%) | 0 |" in text
-    assert "| whole model | heads 6 -> 4, ffn 17 -> 11 (+4 implants) | 9.00 k (90.0%) | 1.50 M (75.0%) |  |" in text
+    assert "| whole model |  | 9.00 k (90.0%) | 1.50 M (75.0%) |  |" in text
+    assert "- units of these groups: heads 6 -> 4, ffn 17 -> 11 (+4 implants)" in text
     assert "threshold: 10\n" in text
     assert "- method: hessian, 8 probes, 3 batches\n" in text
     assert "- asked for: prune_ratio=0.444444, implant_ratio=0.5, implant_cost=0.5, implant_init=svd\n" in text
