@@ -7,6 +7,7 @@ its share of its own.
 """
 
 import copy
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
@@ -15,6 +16,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from hap_hf.checkpoint.entry import QUANT_METHODS, HapPlanConfig
+from hap_hf.checkpoint.headers import read_header
 from hap_hf.checkpoint.host import forget_adapters_
 from hap_hf.errors import ConfigError
 from hap_hf.names.actions import IMPLANT, KEEP
@@ -25,18 +27,26 @@ _ATTRIBUTE = "pruned_by_hap_hf"
 """In which modules that have no config keep their plan."""
 
 
-def plan_of(model: nn.Module) -> PruningPlan | None:
+def plan_of(model: nn.Module | str | os.PathLike[str]) -> PruningPlan | None:
     """Return the plan that a model carries: one of transformers in its config, any other in an attribute.
 
     Args:
-        model: Any model.
+        model: Any model, or the folder or name of a checkpoint, of which no weights are read.
 
     Returns:
         Everything that was done to the model since it was dense, or None where nothing is recorded.
 
     Raises:
+        ConfigError: If it is no model, or there is no such checkpoint.
         PlanFormatError: If the config carries something that is no plan.
     """
+    if isinstance(model, (str, os.PathLike)):
+        return read_header(model).plan
+    if not isinstance(model, nn.Module):
+        raise ConfigError(
+            f"expected a model, or the folder or name of a checkpoint, got {type(model).__name__}; a pipeline has its "
+            "model as pipe.model"
+        )
     if not isinstance(model, PreTrainedModel):
         kept = vars(model).get(_ATTRIBUTE)
         if not isinstance(kept, PruningPlan) and callable(inner := getattr(model, "get_base_model", None)):
