@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from torch import nn
 
-from hap_hf.criteria import Criterion, MaskGGN, criterion_of, hint_at
+from hap_hf.criteria import Criterion, Reconstruction, criterion_of, hint_at
 from hap_hf.errors import ConfigError
 from hap_hf.evidence.evidence import Evidence
 from hap_hf.evidence.losses import LossFunction
@@ -45,7 +45,7 @@ class HapConfig:
 
     Example:
         >>> HapConfig(target_params=0.5).criterion
-        MaskGGN(num_output_probes=1)
+        Reconstruction(num_output_probes=1)
     """
 
     prune_ratio: float | None = _setting(None, "Share of all units below the threshold, in [0, 1).")
@@ -77,21 +77,21 @@ class HapConfig:
     exclude: tuple[str, ...] = _setting(
         (), "Glob patterns; groups whose name, or one of whose tensors' names, matches stay whole."
     )
-    method: Criterion | str = _setting(MaskGGN(), "How sensitivities are estimated: a criterion or its name.")
+    method: Criterion | str = _setting(Reconstruction(), "How sensitivities are estimated: a criterion or its name.")
     num_passes: int | None = _setting(
         None,
         "Passes in which units are chosen. Each takes its part of the amount and silences it; the next one scores what "
-        "is left anew. By default as many as the criterion says: 4 for mask_ggn, 1 for the others, as published.",
+        "is left anew. By default as the criterion says: 2 for reconstruction, 4 for mask_ggn, 1 for the others.",
     )
     per_cost: bool | None = _setting(
         None,
         "With a budget, rank units by sensitivity per cost of what the budget counts. By default as the criterion "
-        "says: only with mask_ggn.",
+        "says: only with reconstruction and mask_ggn.",
     )
     compensate: bool | None = _setting(
         None,
         "Fit the weights that read what is left to what they lose. By default as the criterion says: only with "
-        "mask_ggn.",
+        "reconstruction and mask_ggn.",
     )
     reconstruct: bool | None = _setting(
         None,

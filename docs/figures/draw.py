@@ -83,7 +83,7 @@ def plain(axes: Axes) -> None:
 
 
 STYLES = {
-    "default": (BLACK, "-", "o", "hap_hf, default"),
+    "mask_ggn": (BLACK, "-", "o", "mask GGN, compensated"),
     "mask_fisher": (GREY, "--", "s", "mask Fisher"),
     "michel": (GREY, "-.", "^", "gradient masks"),
     "magnitude": (GREY, ":", "x", "magnitude"),
@@ -97,7 +97,7 @@ def accuracy(numbers: dict[str, dict[str, list[list[float]]]]) -> Figure:
     for axes, (task, lines) in zip(panels, numbers.items(), strict=True):
         for name, points in lines.items():
             color, stroke, marker, label = STYLES[name]
-            width = 2.4 if name == "default" else 1.4
+            width = 2.4 if name == "mask_ggn" else 1.4
             axes.plot(
                 *zip(*points, strict=True), color=color, ls=stroke, marker=marker, lw=width, ms=5, label=label, zorder=3
             )

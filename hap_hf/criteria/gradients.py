@@ -62,7 +62,7 @@ class OfLabels(Criterion):
         if evidence.facts.own_outputs:
             raise BatchError(
                 f"the batches hold no labels, and without any every gradient that {self.name} is made of is zero; use "
-                "the default, method='mask_ggn', or add labels"
+                "the default, method='reconstruction', or add labels"
             )
         return super().suited(evidence)
 

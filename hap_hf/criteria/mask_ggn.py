@@ -1,4 +1,4 @@
-"""Curvature along a mask on what is read of a unit: the default."""
+"""Curvature along a mask on what is read of a unit."""
 
 from dataclasses import dataclass
 from functools import partial

@@ -1,4 +1,4 @@
-"""What the next layer could not make up for: elimination on what layers read."""
+"""What the next layer could not make up for, by elimination on what layers read: the default."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace

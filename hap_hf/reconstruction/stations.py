@@ -68,7 +68,7 @@ def stations(evidence: Evidence, paths: Sequence[str]) -> dict[str, int]:
 
     handles = [model.get_submodule(path).register_forward_hook(partial(began, path)) for path in paths]
     try:
-        with evidence.ready({}, "reconstruction", "batch"), torch.no_grad(), following:
+        with evidence.ready({}, "repair", "batch"), torch.no_grad(), following:
             call(model, move_to_model(model, evidence.example))
     finally:
         for handle in handles:

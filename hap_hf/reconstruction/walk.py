@@ -102,7 +102,7 @@ class Walk:
         """
         self._values = dict(others)
         self._done = {name.rpartition(".")[0] for name in others}
-        with self._evidence.ready({}, "reconstruction", "layer", len(self._steps)) as tick, self._hooked():
+        with self._evidence.ready({}, "repair", "layer", len(self._steps)) as tick, self._hooked():
             samples = [
                 (batch, sample)
                 for batch, sample in zip(self._evidence.batches, self._evidence.samples(), strict=True)

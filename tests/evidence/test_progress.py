@@ -28,7 +28,8 @@ def test_a_whole_pruning_is_one_bar(monkeypatch):
     assert shown.count("\n") == 1  # each bar ends with one
     last = shown.strip().rpartition("\r")[2]
     assert last.startswith("pruning: 100%")
-    assert "mask_ggn (" in shown
+    assert "reconstruction (" in shown
+    assert "repair (" in shown
 
 
 def test_without_a_terminal_there_is_none(monkeypatch):

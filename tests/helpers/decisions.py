@@ -56,7 +56,11 @@ CASES = {
     "a BERT by the Hessian": (bert, texts, {"method": Hessian(num_probes=2)}),
     "a BERT by magnitudes": (bert, texts, {"method": "magnitude"}),
     "convolutions": (convnet, pictures, {}),
-    "convolutions with implants": (convnet, pictures, {"implant_ratio": 0.3, "target_params": 0.6}),
+    "convolutions with implants": (
+        convnet,
+        pictures,
+        {"implant_ratio": 0.3, "target_params": 0.6, "method": "mask_ggn"},
+    ),
     "convolutions with the old statistics": (convnet, pictures, {"recalibrate": False}),
 }
 WITH_VALUES = ["a BERT by default", "a BERT with implants", "convolutions", "convolutions with implants"]

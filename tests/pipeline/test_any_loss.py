@@ -93,7 +93,7 @@ def test_the_default_prunes_with_any_loss_and_says_what_stands_in(loss: Any, cap
     assert report.after.params < report.before.params
     assert caplog.text.count("scored by squared gradients (mask_fisher) and compensated by gradients, without") == 1
     used = decision.config
-    assert (used.criterion.name, used.passes, used.compensates, used.per is not None) == ("mask_fisher", 4, True, True)
+    assert (used.criterion.name, used.passes, used.compensates, used.per is not None) == ("mask_fisher", 2, True, True)
     assert loss(model, batch).isfinite()
 
 

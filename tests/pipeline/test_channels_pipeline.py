@@ -185,7 +185,7 @@ def test_batches_that_no_batch_norm_can_learn_from_leave_the_statistics_with_a_w
     report = prune(model, single, HALF)
     assert report.after.params < report.before.params
     assert "batch norms keep the statistics from before pruning" in caplog.text
-    assert torch.equal(model[3].running_mean, torch.zeros(3))
+    assert not model[3].running_mean.any()
 
 
 def test_a_wrapped_timm_model_is_saved_loaded_and_pruned_again(tmp_path):

@@ -315,7 +315,7 @@ def test_what_is_asked_for_is_one_amount_whatever_setting_asked():
 
 def test_criteria_say_what_is_done_unless_the_settings_do():
     default, hessian = HapConfig(target_params=0.5), HapConfig(target_params=0.5, method="hessian")
-    assert (default.passes, default.per, default.compensates) == (4, Params(), True)
+    assert (default.passes, default.per, default.compensates) == (2, Params(), True)
     assert (hessian.passes, hessian.per, hessian.compensates) == (1, None, False)
     changed = HapConfig(target_params=0.5, method="hessian", num_passes=2, per_cost=True, compensate=True)
     assert (changed.passes, changed.per, changed.compensates) == (2, Params(), True)

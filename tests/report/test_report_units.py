@@ -32,7 +32,7 @@ def test_scores_and_units_are_read_back(report, tmp_path):
         mine, read = getattr(report.scores, part), getattr(again.scores, part)
         assert mine.keys() == read.keys()
         assert all(torch.equal(mine[name], read[name]) for name in mine)
-    assert again.scores.method == "mask_ggn"
+    assert again.scores.method == "reconstruction"
 
 
 def test_a_report_without_scores_takes_old_ones_away(report, tmp_path):
