@@ -15,7 +15,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from hap_hf import Criterion, Distill, GrowingReg, HapConfig, HessianPruner, known_criteria
+from hap_hf import Criterion, Distill, Floor, GrowingReg, HapConfig, HessianPruner, known_criteria
 from hap_hf.names.group import Kind
 from hap_hf.names.targets import AMOUNTS
 
@@ -42,7 +42,7 @@ code's own words; `HapConfig.help()` returns the same texts.
 | implant the better third of what is cut | `implant_ratio=0.3` |
 | low-rank paths beside blocks where they pay | `implants="auto"` |
 | the paper's method | `method=Hessian(num_probes=300, coupling="filter")` |
-| a quick look, without batches | `method="magnitude"` |
+| a quick look, without gradients | `method="magnitude"` |
 | score on more data | `max_batches=32` |
 | other random signs than those of seed 0 | `seed=1` |
 | no progress bars | `progress=False` |
@@ -156,11 +156,14 @@ def arguments_table(thing: type) -> str:
 
 def callback_tables() -> str:
     """Return tables of the arguments of the callbacks."""
+    floor = [(f"`{f.name}`", code(f.default), cell(f.metadata["help"])) for f in dataclasses.fields(Floor)]
     growing = [(f"`{f.name}`", code(f.default), cell(f.metadata["help"])) for f in dataclasses.fields(GrowingReg)]
     return (
         "\n## The callback\n\n"
         "`HessianPruner(config, ...)` prunes once, before the first step, unless `step` or `epoch` say otherwise.\n"
         f"[In the Trainer](in-the-trainer.md) has examples.\n\n{arguments_table(HessianPruner)}"
+        "\n`floor=Floor(...)`, or a number, which is its drop:\n\n"
+        f"{table(floor, 'setting', 'default', 'what it means')}"
         "\n## What helps to recover\n\n"
         "[Recovering](recovering.md) says how to use them. `regularise=GrowingReg(...)`:\n\n"
         f"{table(growing, 'setting', 'default', 'what it means')}"

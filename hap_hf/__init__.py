@@ -90,7 +90,7 @@ from hap_hf.surgery import (
     recalibrate_batch_norms_,
     train_only_implants_,
 )
-from hap_hf.trainer import Distill, GrowingReg, HessianPruner
+from hap_hf.trainer import Distill, Floor, GrowingReg, HessianPruner
 from hap_hf.trainer.quantizing import QuantizeAware
 from hap_hf.version import __version__
 
@@ -109,6 +109,7 @@ __all__ = [  # noqa: RUF022 (by stage, not by letter)
     "GrowingReg",
     # its two halves
     "Evidence",
+    "Floor",
     "FloorReport",
     "BytesReport",
     "decide",

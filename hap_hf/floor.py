@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from hap_hf.config import HapConfig
 from hap_hf.decision import Decision
 from hap_hf.errors import ConfigError
+from hap_hf.evidence.evidence import Evidence
 from hap_hf.evidence.losses import LossFunction
 from hap_hf.names.amount import Amount
 from hap_hf.names.checks import at_least
@@ -82,12 +83,55 @@ def prune_to_floor(
     Raises:
         ConfigError: If nothing that was tried is good enough, or a setting is out of range; the model is as it was.
     """
-    if not (isinstance(drop, (int, float)) and math.isfinite(drop) and drop >= 0):
+    check_search(config, drop, num_trials)
+    evidence = config.evidence(model, batches, loss_fn=loss_fn)
+    return search_floor(evidence, evaluate, config, drop=drop, num_trials=num_trials, optimizer=optimizer)
+
+
+def check_search(config: HapConfig, drop: float, num_trials: int) -> None:
+    """Check the settings of a search for the smallest model above a floor; see :func:`prune_to_floor`.
+
+    Args:
+        config: How to prune.
+        drop: How much of the score may be lost.
+        num_trials: Number of amounts that are tried at most.
+
+    Raises:
+        ConfigError: If one is out of range, or there are implants.
+    """
+    if isinstance(drop, bool) or not (isinstance(drop, (int, float)) and math.isfinite(drop) and drop >= 0):
         raise ConfigError(f"drop must be a finite number of at least 0, in the unit of the score, got {drop!r}")
     at_least("num_trials", num_trials, 1)
     if config.implant_ratio:
         raise ConfigError("a search changes how much goes, and implants would change with it: set implant_ratio=0")
-    evidence = config.evidence(model, batches, loss_fn=loss_fn)
+
+
+def search_floor(
+    evidence: Evidence,
+    evaluate: Callable[[nn.Module], float],
+    config: HapConfig,
+    *,
+    drop: float,
+    num_trials: int,
+    optimizer: Optimizer | None = None,
+) -> FloorReport:
+    """Do what :func:`prune_to_floor` does, with settings that were checked.
+
+    Args:
+        evidence: The model, and what to score and repair on.
+        evaluate: Score of a model, the higher the better; the same in all processes.
+        config: How to prune; its amount is the smallest share that may be kept.
+        drop: How much of the score may be lost.
+        num_trials: Number of amounts that are tried at most.
+        optimizer: An optimizer of the model that shall go on.
+
+    Returns:
+        What was removed, and what was tried.
+
+    Raises:
+        ConfigError: If nothing that was tried is good enough; the model is as it was.
+    """
+    model = evidence.model
     dense = _score(evaluate, model)
     floor, tried = dense - drop, list[tuple[float, float]]()
     what, least = config.asked.what, config.asked.keep

@@ -2,7 +2,8 @@
 
 from hap_hf.trainer.callback import HessianPruner
 from hap_hf.trainer.distill import Distill
+from hap_hf.trainer.floor import Floor
 from hap_hf.trainer.growing import GrowingReg
 from hap_hf.trainer.scoring import scoring_batches, trainer_loss
 
-__all__ = ["Distill", "GrowingReg", "HessianPruner", "scoring_batches", "trainer_loss"]
+__all__ = ["Distill", "Floor", "GrowingReg", "HessianPruner", "scoring_batches", "trainer_loss"]

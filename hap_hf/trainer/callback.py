@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -18,14 +17,14 @@ from hap_hf.evidence.evidence import Evidence
 from hap_hf.evidence.losses import LossFunction
 from hap_hf.names.checks import member
 from hap_hf.names.plan import PruningPlan
-from hap_hf.pipeline import prune_round
-from hap_hf.planned import check_planned, prune_as_planned, prune_by_plan
+from hap_hf.planned import check_planned
 from hap_hf.report import PruningReport
 from hap_hf.selection import Ramp, Round, check_rounds
 from hap_hf.trainer.best_model import forget_best_
 from hap_hf.trainer.compiled import check_compiled
 from hap_hf.trainer.distributed import check_arguments, check_wrapping, processes_of, rewrap_
 from hap_hf.trainer.evidence import kept, look_ahead, training_evidence
+from hap_hf.trainer.floor import Floor
 from hap_hf.trainer.freezing import check_beginning, check_freezing, freeze_the_rest_
 from hap_hf.trainer.given import plan_or_config
 from hap_hf.trainer.growing import GrowingReg, regularisation
@@ -41,6 +40,7 @@ from hap_hf.trainer.progress import (
     write_report,
 )
 from hap_hf.trainer.rebuilding import rebuild_before_loading
+from hap_hf.trainer.round import do_round
 from hap_hf.trainer.schedule import Timing, rewind_
 from hap_hf.trainer.scoring import check_training_data
 from hap_hf.trainer.showing import show
@@ -78,6 +78,8 @@ class HessianPruner(Shrinks, ExportableState):
         ramp: How the amount rises: ``"linear"``, or ``"cubic"``, by most in the first rounds.
         rewind: Let the learning rate schedule begin anew after each round.
         regularise: Shrink units before they are cut, see :class:`GrowingReg`.
+        floor: How much of the Trainer's metric may be lost, see :class:`Floor`; the config's amount is the most that
+            goes.
         batches: Batches to score on instead of the Trainer's training data, the same in every process.
         loss_fn: Loss to score with instead of the Trainer's, called with the model and a batch.
         train_only_implants: Freeze the rest after the last round, as :func:`hap_hf.train_only_implants_` does.
@@ -102,6 +104,7 @@ class HessianPruner(Shrinks, ExportableState):
         ramp: Ramp | str = Ramp.LINEAR,
         rewind: bool = False,
         regularise: GrowingReg | Mapping[str, Any] | None = None,
+        floor: Floor | Mapping[str, Any] | float | None = None,
         batches: Iterable[Mapping[str, Any]] | None = None,
         loss_fn: LossFunction | None = None,
         train_only_implants: bool = False,
@@ -126,6 +129,8 @@ class HessianPruner(Shrinks, ExportableState):
         self.ramp = ramp
         self.rewind = rewind
         self.regularise = regularisation(self.config, regularise)
+        rounds = num_rounds > 1
+        self.floor = Floor.of(floor, self.config, plan=plan is not None, num_rounds=rounds, regularise=self.regularise)
         self.train_only_implants = train_only_implants
         implants = self._plan.has_implants if self._plan is not None else self.config.implant_ratio > 0
         self.also_train = check_freezing(self.config, train_only_implants, also_train, implants=implants)
@@ -161,6 +166,8 @@ class HessianPruner(Shrinks, ExportableState):
                     self._plan.check(kwargs["model"], self.reports)
                 check_compiled(trainer, kwargs["model"])
                 check_optimizer(kwargs["optimizer"], kwargs["model"])
+                if self.floor is not None:
+                    self.floor.check(trainer)
                 check_training_data(kwargs["train_dataloader"], self.config, needed=self._batches is None)
             check_beginning(kwargs["model"], self.num_rounds - self._done, self.also_train)
         # Rounds that some processes do and others do not would leave them waiting for each other.
@@ -210,6 +217,7 @@ class HessianPruner(Shrinks, ExportableState):
         names = ("step", "epoch", "num_rounds", "interval", "rewind", "train_only_implants", "also_train")
         growing = None if self.regularise is None else self.regularise.to_dict()
         settings = {name: getattr(self, name) for name in names} | {"ramp": self.ramp.value, "regularise": growing}
+        settings["floor"] = None if self.floor is None else self.floor.to_dict()
         if self._plan is not None:
             settings["plan"] = self._plan.plan.to_dict()
         return {"args": {"config": self.config.to_dict(), **settings}, "attributes": {"progress": self.progress}}
@@ -275,14 +283,8 @@ class HessianPruner(Shrinks, ExportableState):
         """Do the next round: score, prune, report, and let the training go on with what is left."""
         trainer, place, optimizer = calling_trainer(), self._place, bare_optimizer(kwargs["optimizer"])
         with self._evidence(**kwargs) as (evidence, config):
-            if self._growth is not None and self._growth.planned is not None:
-                report = prune_as_planned(evidence, config, self._growth.planned, optimizer)
-                place = replace(place, start=self._growth.start)
-            elif self._plan is not None:
-                stage = self._plan.stage(place.number)
-                report = prune_by_plan(evidence, config, stage, self._plan.decided, optimizer)
-            else:
-                report, place = prune_round(evidence, config, place, optimizer)
+            how: Any = {"growth": self._growth, "plan": self._plan, "floor": self.floor}
+            report, place = do_round(trainer, evidence, config, place, optimizer, **how)
         self._start, self._growth = place.start, None  # after the round: one that fails has not taken place
         self.reports.append(report)
         forget_best_(state, kwargs["lr_scheduler"])

@@ -40,7 +40,7 @@ def trained(tmp_path, *, model=None, **given):
 def test_it_does_what_scoring_at_that_time_does_and_scores_nothing(tmp_path, monkeypatch):
     settings = config(**QUICK, implant_ratio=0.3)
     scored = trained(tmp_path, config=settings, step=2)
-    monkeypatch.setattr("hap_hf.trainer.callback.prune_round", None)
+    monkeypatch.setattr("hap_hf.trainer.round.prune_round", None)
     given = trained(tmp_path, config=settings, plan=plan_of(scored.model), step=2)
     assert_same(given.model, scored.model)
     assert plan_of(given.model) == plan_of(scored.model)
