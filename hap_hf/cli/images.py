@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from hap_hf.cli.data import column
-from hap_hf.cli.text import LABELS, Sample, class_of
+from hap_hf.cli.labels import classes_of
+from hap_hf.cli.text import LABELS, Sample
 
 logger = logging.getLogger(__name__)
 
@@ -19,10 +20,10 @@ def pictured(rows: Any, model: Any, processor: Any, given: Any) -> list[Sample]:
     """Return a sample for each row of an image and a label."""
     image = column(rows, given.image_column, IMAGES, "image")
     label = column(rows, given.label_column, (*LABELS, "fine_label"), "label")
-    samples = []
+    samples, class_of = [], classes_of(rows, label, model.config)
     for row in rows:
         pixels = _resized(row[image], model.config) if processor is None else _processed(row[image], processor)
-        samples.append({"pixel_values": pixels, "labels": class_of(row[label], model.config)})
+        samples.append({"pixel_values": pixels, "labels": class_of(row[label])})
     return samples
 
 

@@ -5,6 +5,7 @@ from itertools import chain
 from typing import Any
 
 from hap_hf.cli.data import column
+from hap_hf.cli.labels import classes_of
 from hap_hf.errors import ConfigError
 
 IGNORED = -100
@@ -45,35 +46,12 @@ def text_columns(rows: Any, given: Sequence[str]) -> tuple[str, ...]:
     return (column(rows, None, TEXTS, "text"),)
 
 
-def class_of(label: Any, config: Any) -> int | float:
-    """Return a label as the model counts it.
-
-    Args:
-        label: A number, or a name that the model's config knows.
-        config: The model's config.
-
-    Returns:
-        The number; of a model with one output the value itself.
-
-    Raises:
-        ConfigError: If the model has no such class.
-    """
-    if config.num_labels == 1:
-        return float(label)
-    number = config.label2id.get(label) if isinstance(label, str) else int(label)
-    if number is None and isinstance(label, str) and label.isdigit():
-        number = int(label)
-    if number is None or not 0 <= number < config.num_labels:
-        raise ConfigError(f"the model knows the classes {list(config.label2id)}, and the data has {label!r}")
-    return int(number)
-
-
 def classified(rows: Any, model: Any, tokenizer: Any, given: Any) -> list[Sample]:
     """Return a sample for each row of one or two texts and a label."""
     texts, label = text_columns(rows, given.text_column), column(rows, given.label_column, LABELS, "label")
     encoded = tokenizer(*(list(rows[name]) for name in texts), truncation=True, max_length=given.max_length)
-    labels = [class_of(value, model.config) for value in rows[label]]
-    return [{**_row(encoded, i), "labels": value} for i, value in enumerate(labels)]
+    class_of = classes_of(rows, label, model.config)
+    return [{**_row(encoded, i), "labels": class_of(value)} for i, value in enumerate(rows[label])]
 
 
 def tagged(rows: Any, model: Any, tokenizer: Any, given: Any) -> list[Sample]:
@@ -81,11 +59,11 @@ def tagged(rows: Any, model: Any, tokenizer: Any, given: Any) -> list[Sample]:
     words = column(rows, given.text_column[0] if given.text_column else None, ("tokens", "words"), "text")
     tags = column(rows, given.label_column, TAGS, "label")
     encoded = tokenizer(list(rows[words]), is_split_into_words=True, truncation=True, max_length=given.max_length)
-    samples = []
+    samples, class_of = [], classes_of(rows, tags, model.config)
     for i, values in enumerate(rows[tags]):
         places = encoded.word_ids(i)
         labels = [
-            IGNORED if place is None or place == before else class_of(values[place], model.config)
+            IGNORED if place is None or place == before else class_of(values[place])
             for before, place in zip([None, *places], places, strict=False)
         ]
         samples.append({**_row(encoded, i), "labels": labels})
