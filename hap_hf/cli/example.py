@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hap_hf.cli.setup import Loaded
+from hap_hf.cli.loading import Loaded
 from hap_hf.errors import ConfigError
 
 _TEXTS = ("one two three four five six seven eight nine ten", "one two three four five six")

@@ -8,7 +8,8 @@ import typer
 from hap_hf.bits import quantize_
 from hap_hf.cli import options
 from hap_hf.cli.example import example_batch
-from hap_hf.cli.setup import Given, load, set_up
+from hap_hf.cli.loading import load
+from hap_hf.cli.setup import Given, set_up
 from hap_hf.cli.told import say, told
 from hap_hf.errors import ConfigError
 from hap_hf.export import Format, check_installed

@@ -3,13 +3,14 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import transformers
 from torch import Tensor
 
 from hap_hf.cli.data import rows_of
+from hap_hf.cli.labels import SEVERAL
+from hap_hf.cli.loading import config_of, load_as
 from hap_hf.cli.tasks import Task, share_of_right, task_of
 from hap_hf.errors import ConfigError
 
@@ -50,21 +51,6 @@ class Given:
 
 
 @dataclass(frozen=True)
-class Loaded:
-    """A model with what it needs to read its data.
-
-    Args:
-        model: The model.
-        processor: Its tokenizer or image processor; None for images without one.
-        task: Its task.
-    """
-
-    model: Any
-    processor: Any
-    task: Task
-
-
-@dataclass(frozen=True)
 class Setup:
     """A model and what it is measured on.
 
@@ -87,24 +73,6 @@ class Setup:
     judge: Callable[[Any], float] | None
 
 
-def load(model: str, task: str | None) -> Loaded:
-    """Load a model, and its tokenizer or image processor.
-
-    Args:
-        model: A folder or a name on the Hub.
-        task: Name of the task, or None to read it from the config.
-
-    Returns:
-        Both, and the task.
-
-    Raises:
-        ConfigError: If there is no such folder, or the config says no task.
-    """
-    found = task_of(config_of(model), task)
-    loaded = found.auto.from_pretrained(model)
-    return Loaded(loaded, _processor(model, found), found)
-
-
 def set_up(given: Given, *, train_on_all: bool = False) -> Setup:
     """Load what the user named.
 
@@ -121,43 +89,20 @@ def set_up(given: Given, *, train_on_all: bool = False) -> Setup:
     transformers.set_seed(given.seed)
     config = config_of(given.model)
     task = task_of(config, given.task)
+    if getattr(config, "problem_type", None) == "multi_label_classification":
+        raise ConfigError(f"the model's config has the problem_type multi_label_classification, and {SEVERAL}")
     rows = rows_of(given.data, held_out=given.held_out, seed=given.seed)
-    model = task.auto.from_pretrained(given.model)
-    processor = _processor(given.model, task)
+    loaded = load_as(given.model, task)
+    model, processor, collate = loaded.model, loaded.processor, task.collator(loaded.processor)
     wanted = None if train_on_all or not given.max_batches else given.max_batches * given.batch_size
     given = replace(given, max_length=given.max_length or _longest(config, processor, task))
     samples = task.samples(_first(rows.train, wanted, task), model, processor, given)
     held_out = task.samples(_first(rows.held_out, given.eval_samples, task), model, processor, given)
     held_out = held_out[: given.eval_samples]
-    collate = task.collator(processor)
     scored = samples if wanted is None and not given.max_batches else samples[: given.max_batches * given.batch_size]
     judged_by = _in_batches(held_out, collate, given.batch_size)
     judge = None if getattr(config, "num_labels", 2) == 1 else partial(share_of_right, task, batches=judged_by)
     return Setup(model, processor, task, samples, collate, _in_batches(scored, collate, given.batch_size), judge)
-
-
-def config_of(model: str) -> Any:
-    """Return the config of a model.
-
-    Args:
-        model: A folder or a name on the Hub.
-
-    Returns:
-        The config.
-
-    Raises:
-        ConfigError: If there is no such folder, and nothing of that name could be read from the Hub.
-    """
-    there = Path(model).is_dir()
-    # What looks like a path would be looked for on the Hub.
-    if (model.startswith((".", "/", "~")) or model.count("/") > 1) and not there:
-        raise ConfigError(f"there is no folder {model!r}")
-    try:
-        return transformers.AutoConfig.from_pretrained(model)
-    except (OSError, ValueError) as error:
-        if there:
-            raise ConfigError(f"{model} holds no model that can be read: {error}") from error
-        raise ConfigError(f"there is no folder {model!r}, and it could not be read from the Hub: {error}") from error
 
 
 def _longest(config: Any, processor: Any, task: Task) -> int:
@@ -172,15 +117,6 @@ def _first(rows: Any, number: int | None, task: Task) -> Any:
     if number is None or task.name == "text-generation":
         return rows
     return rows.select(range(min(number, len(rows))))
-
-
-def _processor(model: str, task: Task) -> Any:
-    if task.name != "image-classification":
-        return transformers.AutoTokenizer.from_pretrained(model)
-    try:
-        return transformers.AutoImageProcessor.from_pretrained(model)  # type: ignore[no-untyped-call]
-    except (OSError, ValueError):  # models that were trained without one have none
-        return None
 
 
 def _in_batches(samples: list[Any], collate: Callable[[list[Any]], Batch], size: int) -> list[Batch]:

@@ -24,6 +24,7 @@ class Task:
         name: As pipelines call it.
         auto: The class that loads such models.
         architectures: Names of their classes.
+        types: Model types that have such a class.
         samples: Makes samples of rows.
         collator: Makes a batch of samples, given a tokenizer.
         right: Counts right answers and all, of outputs and a batch.
@@ -33,6 +34,7 @@ class Task:
     name: str
     auto: Any
     architectures: frozenset[str]
+    types: frozenset[str]
     samples: Callable[[Any, Any, Any, Any], list[Sample]]
     collator: Callable[[Any], Callable[[list[Any]], dict[str, Tensor]]]
     right: Right
@@ -40,11 +42,21 @@ class Task:
 
 
 def _padded(tokenizer: Any) -> Any:
-    return transformers.DataCollatorWithPadding(tokenizer)
+    return transformers.DataCollatorWithPadding(_padding(tokenizer))
 
 
 def _padded_tags(tokenizer: Any) -> Any:
-    return transformers.DataCollatorForTokenClassification(tokenizer)
+    return transformers.DataCollatorForTokenClassification(_padding(tokenizer))
+
+
+def _padding(tokenizer: Any) -> Any:
+    """Return a tokenizer that can fill up the shorter texts of a batch."""
+    if tokenizer.pad_token is None:
+        raise ConfigError(
+            "the tokenizer has no padding token, which batches of texts need; give it the one that the model was "
+            "trained with, often tokenizer.pad_token = tokenizer.eos_token, and save it to the model's folder"
+        )
+    return tokenizer
 
 
 def _stacked(tokenizer: Any) -> Any:
@@ -83,6 +95,7 @@ TASKS = {
             "text-classification",
             transformers.AutoModelForSequenceClassification,
             _names(known.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES),
+            frozenset(known.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES),
             classified,
             _padded,
             _labels,
@@ -92,6 +105,7 @@ TASKS = {
             "token-classification",
             transformers.AutoModelForTokenClassification,
             _names(known.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES),
+            frozenset(known.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES),
             tagged,
             _padded_tags,
             _labels,
@@ -101,6 +115,7 @@ TASKS = {
             "question-answering",
             transformers.AutoModelForQuestionAnswering,
             _names(known.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES),
+            frozenset(known.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES),
             answered,
             _padded,
             _spans,
@@ -110,6 +125,7 @@ TASKS = {
             "image-classification",
             transformers.AutoModelForImageClassification,
             _names(known.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES),
+            frozenset(known.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES),
             pictured,
             _stacked,
             _labels,
@@ -119,6 +135,7 @@ TASKS = {
             "text-generation",
             transformers.AutoModelForCausalLM,
             _names(known.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
+            frozenset(known.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
             continued,
             _stacked,
             _next_tokens,
@@ -139,11 +156,18 @@ def task_of(config: Any, wanted: str | None) -> Task:
         The task.
 
     Raises:
-        ConfigError: If there is none of that name, or the model's class has none.
+        ConfigError: If there is none of that name, or it is none of the model, or the model's class has none.
     """
     if wanted is not None:
         if wanted not in TASKS:
             raise ConfigError(f"--task must be one of {', '.join(TASKS)}, got {wanted!r}")
+        kind = getattr(config, "model_type", None)
+        if kind not in TASKS[wanted].types and not hasattr(config, "auto_map"):  # code that comes with the model
+            fitting = [name for name, task in TASKS.items() if kind in task.types]
+            raise ConfigError(
+                f"--task {wanted}: there are no models of the type {kind!r} for it, only for "
+                f"{', '.join(fitting) or 'other tasks'}"
+            )
         return TASKS[wanted]
     classes = getattr(config, "architectures", None) or []
     found = [task for task in TASKS.values() if task.architectures & set(classes)]

@@ -38,6 +38,21 @@ def told(command: Callable[P, None]) -> Callable[P, None]:
     return wrapped
 
 
+def reason(error: BaseException) -> str:
+    """Return why something of another package failed, in one line.
+
+    Args:
+        error: What was raised; of one with a cause the first cause counts.
+
+    Returns:
+        The line.
+    """
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
+
+
 def say(as_json: bool, values: Any, text: str) -> None:
     """Print a result.
 

@@ -2,14 +2,14 @@
 
 from typing import Annotated
 
-import transformers
 import typer
 
 from hap_hf.checkpoint import save_pruned
 from hap_hf.cli import options
-from hap_hf.cli.setup import config_of
+from hap_hf.cli.loading import config_of, model_of, processor_of
 from hap_hf.cli.tasks import task_of
 from hap_hf.cli.told import told
+from hap_hf.errors import ConfigError
 
 
 @told
@@ -19,11 +19,13 @@ def vanilla(
     task: options.Task = None,
 ) -> None:
     """Save a pruned checkpoint so that it loads without hap_hf, if a stock config can describe it."""
-    loaded = task_of(config_of(model), task).auto.from_pretrained(model)
+    found = task_of(config_of(model), task)
+    loaded = model_of(model, found)
     save_pruned(loaded, out, vanilla=True)
-    for auto in (transformers.AutoTokenizer, transformers.AutoImageProcessor):
-        try:
-            auto.from_pretrained(model).save_pretrained(out)
-        except (OSError, ValueError, KeyError):  # a model has one or the other, or none
-            continue
+    try:
+        processor = processor_of(model, found)
+    except (OSError, ConfigError):  # the weights are all that was asked for
+        processor = None
+    if processor is not None:
+        processor.save_pretrained(out)
     typer.echo(f"written to {out}")

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from hap_hf.cli.app import app
 from hap_hf.cli.example import example_batch
-from hap_hf.cli.setup import load
+from hap_hf.cli.loading import load
 from hap_hf.cli.tasks import TASKS
 
 onnx = pytest.importorskip("onnx", reason="the extra [export] is not installed")
