@@ -1,11 +1,13 @@
 """Rows of data from a file, a folder, the Hub, or from what a dependency ships."""
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hap_hf.cli.told import reason
 from hap_hf.errors import ConfigError
 
 BUILDERS = {
@@ -47,7 +49,7 @@ def rows_of(data: str, *, held_out: str | None, seed: int) -> Rows:
         The rows, in random order.
 
     Raises:
-        ConfigError: If ``datasets`` is not installed, or there is no such split.
+        ConfigError: If ``datasets`` is not installed, the data cannot be read or is empty, or there is no such split.
     """
     try:
         import datasets  # type: ignore[import-untyped]
@@ -55,8 +57,12 @@ def rows_of(data: str, *, held_out: str | None, seed: int) -> Rows:
         raise ConfigError('reading data takes datasets, which is not there: pip install "hap_hf[cli]"') from error
     if not sys.stderr.isatty():  # bars of reading, in a pipe
         datasets.disable_progress_bars()
-    loaded = _loaded(datasets, data)
+    with _in_one_line(datasets, data):
+        loaded = _loaded(datasets, data)
     splits: Mapping[str, Any] = loaded if isinstance(loaded, Mapping) else {"train": loaded}
+    splits = {name: rows for name, rows in splits.items() if len(rows)}
+    if not splits:
+        raise ConfigError(f"{data} has no rows")
     if held_out is not None and held_out not in splits:
         raise ConfigError(f"{data} has no split {held_out!r}, only {list(splits)}")
     train = splits["train"] if "train" in splits else next(iter(splits.values()))
@@ -70,13 +76,36 @@ def rows_of(data: str, *, held_out: str | None, seed: int) -> Rows:
     return Rows(both["train"], both["test"])
 
 
+@contextmanager
+def _in_one_line(datasets: Any, data: str) -> Iterator[None]:
+    """Let what datasets, and the readers that it takes, say of data that they cannot read be one line."""
+    before = datasets.logging.get_verbosity()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    try:
+        yield
+    except ConfigError:
+        raise
+    except Exception as error:  # of pandas, pyarrow, json and the Hub, too, each with its own
+        why = reason(error)
+        if "corresponds to no data" in why:
+            raise ConfigError(f"{data} has no rows") from error
+        raise ConfigError(
+            f"{data} cannot be read as data ({why}); expected a table with names of columns in UTF-8, or a folder of "
+            "files of one kind"
+        ) from error
+    finally:
+        datasets.logging.set_verbosity(before)
+
+
 def _loaded(datasets: Any, data: str) -> Any:
     path = Path(data)
     if path.is_file():
-        if path.suffix not in BUILDERS:
+        if path.suffix.lower() not in BUILDERS:
             raise ConfigError(f"expected a file that ends in one of {' '.join(BUILDERS)}, got {path.name}")
-        builder, options = BUILDERS[path.suffix]
-        return datasets.load_dataset(builder, data_files=str(path), split="train", **options)
+        if not path.stat().st_size:
+            raise ConfigError(f"{data} is empty")
+        builder, options = BUILDERS[path.suffix.lower()]
+        return datasets.load_dataset(builder, data_files=str(path), **options)
     if path.is_dir():
         if any((path / name).is_file() for name in ("dataset_dict.json", "state.json")):
             return datasets.load_from_disk(str(path))
@@ -118,6 +147,6 @@ def column(rows: Any, wanted: str | None, names: tuple[str, ...], what: str) -> 
     known = list(rows.column_names)
     found = next((name for name in ([wanted] if wanted else names) if name in known), None)
     if found is None:
-        tried = repr(wanted) if wanted else f"any of {', '.join(names)}"
+        tried = repr(wanted) if wanted else " or ".join(map(repr, names))
         raise ConfigError(f"the data has no column {tried}, only {known}; name it by --{what}-column")
     return found

@@ -99,10 +99,22 @@ def set_up(given: Given, *, train_on_all: bool = False) -> Setup:
     samples = task.samples(_first(rows.train, wanted, task), model, processor, given)
     held_out = task.samples(_first(rows.held_out, given.eval_samples, task), model, processor, given)
     held_out = held_out[: given.eval_samples]
+    _check_tokens([*samples, *held_out], config)
     scored = samples if wanted is None and not given.max_batches else samples[: given.max_batches * given.batch_size]
     judged_by = _in_batches(held_out, collate, given.batch_size)
     judge = None if getattr(config, "num_labels", 2) == 1 else partial(share_of_right, task, batches=judged_by)
     return Setup(model, processor, task, samples, collate, _in_batches(scored, collate, given.batch_size), judge)
+
+
+def _check_tokens(samples: list[Any], config: Any) -> None:
+    """Check that the model has all tokens; with the tokenizer of another model it may not."""
+    known = getattr(config.get_text_config(), "vocab_size", None)
+    highest = max((max(s["input_ids"], default=0) for s in samples if "input_ids" in s), default=0)
+    if isinstance(known, int) and highest >= known:
+        raise ConfigError(
+            f"the tokenizer makes the token {highest} of the data, and the model has {known} tokens; save the one that "
+            "the model was trained with to its folder"
+        )
 
 
 def _longest(config: Any, processor: Any, task: Task) -> int:
