@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import platform
 from pathlib import Path
 from typing import Annotated
@@ -54,6 +55,11 @@ def prune(
     config = config_from(settings, keep, seed=seed, max_batches=max_batches)
     if out.is_dir() and out.resolve() == Path(model).resolve():
         raise ConfigError(f"--out {out} is the folder of the model, which would be overwritten; choose another")
+    if not (math.isfinite(epochs) and 0 < learning_rate < math.inf):
+        raise ConfigError(
+            f"expected finite numbers for --epochs and --learning-rate, the latter above 0, got {epochs:g} and "
+            f"{learning_rate:g}"
+        )
     columns = (text_column or [], label_column, image_column, held_out, max_length)
     given = Given(model, data, task, *columns, batch_size, max_batches, eval_samples, seed)
     setup = set_up(given, train_on_all=epochs > 0)
@@ -62,7 +68,7 @@ def prune(
     report = pipeline.prune(setup.model, setup.batches, config)
     results |= _judged(setup, "after pruning")
     if epochs:
-        recover(setup, out, epochs=epochs, learning_rate=learning_rate, batch_size=batch_size, seed=seed)
+        recover(setup, epochs=epochs, learning_rate=learning_rate, batch_size=batch_size, seed=seed)
         results |= _judged(setup, "after training")
     before, after = milliseconds((dense, setup.model), setup.batches[0])
     latency = (before, after, f"of {batch_size} on {platform.machine()}, threads: {torch.get_num_threads()}")

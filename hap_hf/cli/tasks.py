@@ -63,20 +63,30 @@ def _stacked(tokenizer: Any) -> Any:
     return transformers.default_data_collator
 
 
+def _best(logits: Tensor) -> Tensor:
+    """Return the number of the largest output; the largest of those that are no numbers would be the first."""
+    if bool(logits.isnan().any()):
+        raise ConfigError(
+            "the model's outputs are NaN, which are no answers to judge: its weights are damaged, or it was trained "
+            "with too high a learning rate; take an earlier checkpoint, or train again with a lower one"
+        )
+    return logits.argmax(-1)
+
+
 def _labels(outputs: Any, batch: dict[str, Tensor]) -> tuple[int, int]:
-    guess, labels = outputs.logits.argmax(-1), batch["labels"]
+    guess, labels = _best(outputs.logits), batch["labels"]
     counted = labels != IGNORED
     return int((guess == labels)[counted].sum()), int(counted.sum())
 
 
 def _next_tokens(outputs: Any, batch: dict[str, Tensor]) -> tuple[int, int]:
-    guess, labels = outputs.logits[:, :-1].argmax(-1), batch["labels"][:, 1:]
+    guess, labels = _best(outputs.logits)[:, :-1], batch["labels"][:, 1:]
     return int((guess == labels).sum()), labels.numel()
 
 
 def _spans(outputs: Any, batch: dict[str, Tensor]) -> tuple[int, int]:
-    first = outputs.start_logits.argmax(-1) == batch["start_positions"]
-    last = outputs.end_logits.argmax(-1) == batch["end_positions"]
+    first = _best(outputs.start_logits) == batch["start_positions"]
+    last = _best(outputs.end_logits) == batch["end_positions"]
     return int((first & last).sum()), len(first)
 
 
@@ -189,6 +199,9 @@ def share_of_right(task: Task, model: Any, batches: list[dict[str, Tensor]]) -> 
 
     Returns:
         The share.
+
+    Raises:
+        ConfigError: If the outputs are no numbers, or nothing in the batches can be judged by.
     """
     right = counted = 0
     training, device = model.training, next(model.parameters()).device
@@ -201,4 +214,9 @@ def share_of_right(task: Task, model: Any, batches: list[dict[str, Tensor]]) -> 
                 right, counted = right + found[0], counted + found[1]
     finally:
         model.train(training)
-    return right / max(counted, 1)
+    if not counted:
+        raise ConfigError(
+            "the rows to judge by have no label that the model sees: texts are empty, or cut off before it; raise "
+            "--eval-samples or --max-length"
+        )
+    return right / counted
