@@ -9,6 +9,7 @@ from hap_hf.bits import quantize_
 from hap_hf.cli import options
 from hap_hf.cli.example import example_batch
 from hap_hf.cli.loading import load
+from hap_hf.cli.outputs import check_file, path_given
 from hap_hf.cli.setup import Given, set_up
 from hap_hf.cli.told import say, told
 from hap_hf.errors import ConfigError
@@ -22,7 +23,7 @@ SUFFIX = {Format.ONNX: ".onnx", Format.ONNX_INT8: ".onnx", Format.PT2: ".pt2"}
 @told
 def export(
     model: options.Model,
-    out: Annotated[Path, typer.Option(help="File to write, .onnx or .pt2.")],
+    out: Annotated[Path, typer.Option(parser=path_given, metavar="PATH", help="File to write, .onnx or .pt2.")],
     format: Annotated[
         Format, typer.Option(help="onnx: floating point; onnx-int8: integers; pt2: a program of torch.export.")
     ] = Format.ONNX,
@@ -76,8 +77,7 @@ def export(
 
 def _check(out: Path, format: Format) -> None:
     """Check what can be checked before anything is loaded."""
-    if out.is_dir():
-        raise ConfigError(f"--out {out} is a folder; name a file, as in {out / 'model'}{SUFFIX[format]}")
+    check_file(out, Path(f"model{SUFFIX[format]}"))
     if out.suffix != SUFFIX[format]:
         raise ConfigError(f"--out {out}: a file of --format {format.value} ends in {SUFFIX[format]}")
     check_installed(format)

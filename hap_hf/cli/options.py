@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from hap_hf.cli.outputs import path_given
+
 Model = Annotated[str, typer.Argument(help="A folder with a trained model, or its name on the Hub.")]
 Data = Annotated[
     str,
@@ -32,4 +34,4 @@ MaxBatches = Annotated[int, typer.Option(min=0, help="Batches to score on; 0 for
 EvalSamples = Annotated[int, typer.Option(min=1, help="Rows to judge by.", hidden=True)]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of data, probes and training.", hidden=True)]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on stdout.")]
-Out = Annotated[Path, typer.Option(help="Folder to write to.")]
+Out = Annotated[Path, typer.Option(parser=path_given, metavar="PATH", help="Folder to write to.")]

@@ -14,6 +14,7 @@ from hap_hf import pipeline
 from hap_hf.card import CardFacts, write_card
 from hap_hf.cli import options
 from hap_hf.cli.flags import Settings, config_from, with_settings
+from hap_hf.cli.outputs import check_folder
 from hap_hf.cli.pictures import draw_report
 from hap_hf.cli.recovery import recover
 from hap_hf.cli.setup import Given, Setup, set_up
@@ -53,8 +54,7 @@ def prune(
     """Prune a trained model, train it again if asked to, and save it with a report, pictures and a card."""
     # Before anything is loaded, which takes longer than to see a slip.
     config = config_from(settings, keep, seed=seed, max_batches=max_batches)
-    if out.is_dir() and out.resolve() == Path(model).resolve():
-        raise ConfigError(f"--out {out} is the folder of the model, which would be overwritten; choose another")
+    check_folder(out, model)
     if not (math.isfinite(epochs) and 0 < learning_rate < math.inf):
         raise ConfigError(
             f"expected finite numbers for --epochs and --learning-rate, the latter above 0, got {epochs:g} and "

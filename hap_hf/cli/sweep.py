@@ -8,6 +8,7 @@ import typer
 from hap_hf import tradeoff
 from hap_hf.cli import options
 from hap_hf.cli.flags import Settings, config_from, with_settings
+from hap_hf.cli.outputs import check_folder
 from hap_hf.cli.pictures import draw_sweep
 from hap_hf.cli.setup import Given, set_up
 from hap_hf.cli.told import say, told
@@ -46,6 +47,7 @@ def sweep(
     """Measure accuracy against size and time for several amounts, without training; the model stays as it is."""
     shares = _shares(keeps)
     config = config_from(settings, shares[0], seed=seed, max_batches=max_batches)
+    check_folder(out)
     columns = (text_column or [], label_column, image_column, held_out, max_length)
     setup = set_up(Given(model, data, task, *columns, batch_size, max_batches, eval_samples, seed))
     found = tradeoff.measure_tradeoff(
