@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from hap_hf.compensation import Compensation
@@ -23,7 +23,7 @@ from hap_hf.names.group import Kind
 from hap_hf.names.outcome import footprint, whole
 from hap_hf.names.plan import GroupPlan, PruningPlan
 from hap_hf.report import ModelSize, PruningReport, make_report
-from hap_hf.report.files import write_whole
+from hap_hf.report.files import open_tensors, read_json, write_whole
 from hap_hf.selection import Round
 from hap_hf.selection.make import provenance
 
@@ -205,16 +205,17 @@ class Decision:
             The decision.
 
         Raises:
-            ConfigError: If a newer version wrote it, or it is no decision.
+            ConfigError: If a newer version wrote it, or it is damaged, or no decision.
         """
-        entry = json.loads((Path(directory) / _FILES[0]).read_text(encoding="utf-8"))
+        entry = read_json(Path(directory) / _FILES[0])
         if not isinstance(entry, Mapping) or entry.get("format") != 1:
             raise ConfigError(f"expected a decision of format 1 in {_FILES[0]}, got something else; upgrade hap_hf")
         parts: dict[str, dict[str, Tensor]] = {}
-        for key, tensor in load_file(Path(directory) / _FILES[1]).items():
-            # At the first slash: names of parts have none.
-            part, _, name = key.partition("/")
-            parts.setdefault(part, {})[name] = tensor
+        with open_tensors(Path(directory) / _FILES[1]) as file:
+            for key in file.keys():  # noqa: SIM118 (no mapping)
+                # At the first slash: names of parts have none.
+                part, _, name = key.partition("/")
+                parts.setdefault(part, {})[name] = file.get_tensor(key)
         # Its plan names all groups, also those that stay, so that they need not be found again.
         plan = PruningPlan.from_dict(entry["plan"])
         (stage,) = plan.stages

@@ -16,11 +16,11 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from safetensors import safe_open
 
 from hap_hf.checkpoint.entry import QUANT_METHODS, HapPlanConfig
 from hap_hf.errors import ConfigError, PlanFormatError
 from hap_hf.names.plan import PruningPlan
+from hap_hf.report.files import open_tensors
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def read_header(model: str | os.PathLike[str], revision: str | None = None) -> H
         The header.
 
     Raises:
-        ConfigError: If there is no such checkpoint, it may not be read, or it has no weights in safetensors.
+        ConfigError: If there is no such checkpoint, it may not be read, or its weights are no safetensors or damaged.
         PlanFormatError: If it carries something that is no plan.
     """
     folder = Path(model)
@@ -88,7 +88,7 @@ def read_header(model: str | os.PathLike[str], revision: str | None = None) -> H
 
 
 def _local(file: Path) -> Iterable[tuple[str, list[int]]]:
-    with safe_open(file, "pt") as opened:
+    with open_tensors(file) as opened:
         for name in opened.keys():  # noqa: SIM118 (no mapping)
             part = opened.get_slice(name)
             yield part.get_dtype(), part.get_shape()

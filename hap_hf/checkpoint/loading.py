@@ -13,7 +13,6 @@ from itertools import islice
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
@@ -27,6 +26,7 @@ from hap_hf.errors import ConfigError, PlanMismatchError
 from hap_hf.model.quantizing import apply_bits_, expect_stored_, unpack_
 from hap_hf.names.bits import BitPlan
 from hap_hf.names.plan import PruningPlan
+from hap_hf.report.files import open_tensors
 from hap_hf.surgery import apply_plan_
 
 logger = logging.getLogger(__name__)
@@ -150,7 +150,7 @@ class HapQuantizer(HfQuantizer):
     def _stored_otherwise(self, files: Iterable[str], prefix: str) -> Iterator[str]:
         """Yield a sentence for each tensor of a cut layer that a file holds in another shape, by the model's names."""
         for file in files:
-            with safe_open(file, framework="pt") as stored:
+            with open_tensors(file) as stored:
                 for key in list(stored.keys()):
                     for name in {key, key.removeprefix(prefix), prefix + key} & self._shapes.keys():
                         shape = list(stored.get_slice(key).get_shape())

@@ -48,6 +48,11 @@ class GroupReport:
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """Return what ``to_dict`` of a report said of one group."""
         given = {name: value for name, value in values.items() if name != "summary"}  # which follows from the others
+        checked("name", values["name"], str)
+        for name in ("units", "kept", "implanted", "removed"):
+            checked(name, values[name], int)
+        for name, kind in (("uncertain", int), ("negative", int), ("limit", float)):
+            checked(name, values.get(name), kind, None)
         sizes = {name: size_of(values[name]) for name in ("before", "after")}
         actions = decode_actions(values["actions"], values["units"], values["name"]) if values.get("actions") else ""
         return cls(**{**given, **sizes, "kind": Kind(values["kind"]), "actions": actions})
@@ -82,6 +87,27 @@ class GroupReport:
         return f"{self.kind.value} {counts(self.units, self.kept, self.implanted)}"
 
 
+def checked(name: str, value: Any, kind: type, *other: None) -> Any:
+    """Return a value of JSON that is of a kind.
+
+    Args:
+        name: What it is called.
+        value: The value.
+        kind: The kind; whole numbers are numbers, too.
+        *other: Other values that it may have.
+
+    Returns:
+        The value.
+
+    Raises:
+        ConfigError: If it is of another kind.
+    """
+    kinds = (int, float) if kind is float else (kind,)
+    if (isinstance(value, kinds) and not isinstance(value, bool)) or value in other:
+        return value
+    raise ConfigError(f"{name} must be {kind.__name__}, got {value!r}")
+
+
 def number_of(value: float | None) -> float:
     """Return a number that JSON had no word for, if it was not finite, as NaN."""
     return math.nan if value is None else value
@@ -89,4 +115,5 @@ def number_of(value: float | None) -> float:
 
 def size_of(values: Mapping[str, Any]) -> ModelSize:
     """Return a size from its JSON values."""
-    return ModelSize(values["params"], number_of(values["macs"]))
+    params, macs = checked("params", values["params"], int), checked("macs", values["macs"], float, None)
+    return ModelSize(params, number_of(macs))

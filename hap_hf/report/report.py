@@ -14,8 +14,8 @@ from hap_hf.discovery import LeftWhole
 from hap_hf.errors import ConfigError
 from hap_hf.names.group import Kind
 from hap_hf.names.plan import PruningPlan
-from hap_hf.report.files import write_whole
-from hap_hf.report.group import GroupReport, number_of, size_of
+from hap_hf.report.files import read_json, write_whole
+from hap_hf.report.group import GroupReport, checked, number_of, size_of
 from hap_hf.report.scores import SCORES_FILE, load_scores, save_scores
 from hap_hf.report.size import ModelSize
 from hap_hf.report.tables import markdown, plain_text
@@ -134,20 +134,27 @@ class PruningReport:
                 prunable_after=size_of(values["prunable_after"]),
                 seconds={name: number_of(x) for name, x in values["seconds"].items()},
                 left_whole=tuple(
-                    LeftWhole(tuple(w["names"]), w["reason"], None if w["kind"] is None else Kind(w["kind"]))
+                    LeftWhole(
+                        tuple(checked("names", n, str) for n in w["names"]),
+                        checked("reason", w["reason"], str),
+                        None if w["kind"] is None else Kind(w["kind"]),
+                    )
                     for w in values.get("left_whole", ())
                 ),
                 # The file beside a checkpoint has none, as the checkpoint carries it.
                 plan=PruningPlan.from_dict(values["plan"]) if "plan" in values else PruningPlan(()),
-                **{n: values[n] for n in ("threshold", "negative_share")},
-                **{n: values.get(n, "") for n in ("asked", "method")},
-                loss_before=values.get("loss_before"),
-                loss_after=values.get("loss_after"),
+                **{n: checked(n, values[n], float, None) for n in ("threshold", "negative_share")},
+                **{n: checked(n, values.get(n, ""), str) for n in ("asked", "method")},
+                **{n: checked(n, values.get(n), float, None) for n in ("loss_before", "loss_after")},
                 bypasses={str(name): int(rank) for name, rank in values.get("bypasses", {}).items()},
             )
-        except (KeyError, TypeError, ValueError) as error:
+        except KeyError as error:
             raise ConfigError(
                 f"expected the values of a pruning report, got some without {error}; read pruning_report.json"
+            ) from error
+        except (AttributeError, TypeError, ValueError) as error:
+            raise ConfigError(
+                f"expected the values of a pruning report, got others ({error}); read pruning_report.json"
             ) from error
 
     @classmethod
@@ -159,8 +166,16 @@ class PruningReport:
 
         Returns:
             The report, without the plan, which the checkpoint carries; with the scores if they lie beside it.
+
+        Raises:
+            ConfigError: If a file is damaged, or none of a report.
         """
-        report = cls.from_dict(json.loads((Path(directory) / "pruning_report.json").read_text(encoding="utf-8")))
+        file = Path(directory) / "pruning_report.json"
+        values = read_json(file)
+        try:
+            report = cls.from_dict(values)
+        except ConfigError as error:
+            raise ConfigError(f"{file}: {error}") from error
         scores = Path(directory) / SCORES_FILE
         return replace(report, scores=load_scores(scores)) if scores.is_file() else report
 

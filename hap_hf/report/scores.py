@@ -4,11 +4,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
 from safetensors.torch import save_file
 
 from hap_hf.criteria import Scores
 from hap_hf.errors import ConfigError
+from hap_hf.report.files import open_tensors
 
 SCORES_FILE = "pruning_scores.safetensors"
 _TENSORS = ("sensitivity", "standard_error", "gone_in")
@@ -37,10 +37,13 @@ def load_scores(path: Path) -> Scores:
         The scores.
 
     Raises:
-        ConfigError: If it holds no scores.
+        ConfigError: If it is damaged, or holds no scores.
     """
-    with safe_open(path, "pt") as file:
-        words = json.loads((file.metadata() or {}).get("scores", "null"))
+    with open_tensors(path) as file:
+        try:
+            words = json.loads((file.metadata() or {}).get("scores", "null"))
+        except ValueError:
+            words = None
         if not isinstance(words, dict) or set(words) != set(_WORDS):
             raise ConfigError(f"expected scores in {path}, got a file of something else; save the report anew")
         parts: dict[str, Any] = {part: {} for part in _TENSORS}

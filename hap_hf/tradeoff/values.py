@@ -1,14 +1,17 @@
 """What several amounts leave, as values: kept in a file, drawn, shown."""
 
 import json
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
 from hap_hf.errors import ConfigError
 from hap_hf.names.group import Kind
+from hap_hf.report.files import read_json, write_whole
 
 SWEEP_FILE = "sweep.json"
 LOSS = "loss"
@@ -165,20 +168,33 @@ class Tradeoff:
                 raise ConfigError(f"expected a sweep of format 1, got {values['format']!r}; upgrade hap_hf")
             groups = tuple(TradeoffGroup.from_dict(g) for g in values.get("groups", ()))
             found = cls(tuple(TradeoffPoint.from_dict(p) for p in values["points"]), groups=groups, **given)
-        except (KeyError, TypeError, AttributeError) as error:
+        except KeyError as error:
             raise ConfigError(f"expected the values of a sweep, got some without {error}; read {SWEEP_FILE}") from error
+        except (TypeError, AttributeError) as error:
+            raise ConfigError(f"expected the values of a sweep, got others ({error}); read {SWEEP_FILE}") from error
         texts = (found.metric, found.counted_in, found.machine, found.subject)
         if not (found.points and all(isinstance(text, str) for text in texts)):
             raise ConfigError(f"expected the values of a sweep, with points and texts, got others; read {SWEEP_FILE}")
         return found
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write it as JSON.
+        """Write it as JSON; a reader never sees half a file.
 
         Args:
             path: The file.
+
+        Raises:
+            ConfigError: If a loss or value is no number, which JSON has no word for.
         """
-        Path(path).write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
+        for point in self.points:
+            numbers = (point.loss, point.value, point.predicted or 0.0)
+            if not all(map(_is_number, numbers)):
+                raise ConfigError(
+                    f"expected numbers in a sweep, and at {point.keep:g} loss, {self.metric} and predicted rise are "
+                    f"{', '.join(f'{x:g}' for x in numbers)}; leave that amount out"
+                )
+        text = json.dumps(self.to_dict(), indent=1) + "\n"
+        write_whole(Path(path), partial(Path.write_text, data=text, encoding="utf-8"))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Self:
@@ -189,9 +205,16 @@ class Tradeoff:
 
         Returns:
             The sweep.
+
+        Raises:
+            ConfigError: If the file is damaged, or none of a sweep.
         """
-        return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
+        values = read_json(path)
+        try:
+            return cls.from_dict(values)
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error}") from error
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
