@@ -39,6 +39,12 @@ SETTINGS = {
 """Settings of stock configs that count heads or FFN neurons. Which of them a config has, and what it does, is tried."""
 
 
+_LARGER = (
+    ": it has no head_dim, so that fewer heads would be larger heads, and no plain checkpoint can hold them; prune "
+    "with HapConfig(..., kinds='ffn', equal_widths=True), or --kinds ffn --equal-widths, or save with vanilla=False"
+)
+
+
 def stock_config(model: PreTrainedModel, plan: PruningPlan) -> PreTrainedConfig:
     """Return a config that builds a model of the pruned shapes without hap_hf.
 
@@ -86,9 +92,9 @@ def stock_config(model: PreTrainedModel, plan: PruningPlan) -> PreTrainedConfig:
         larger = _fewer_heads([w for w in widths if not tensors.isdisjoint(w.consumers)])
         raise ConfigError(
             f"no {name} describes the pruned {type(model).__name__}"
-            + (": it has no head_dim, so that fewer heads would be larger heads" if larger else "")
-            + "; save with vanilla=False:\n  "
-            + "\n  ".join(differing[:20])
+            + (_LARGER if larger else "; save with vanilla=False")
+            + f": {'; '.join(differing[:3])}"
+            + (f"; and {len(differing) - 3} more" if len(differing) > 3 else "")
         )
     return config
 

@@ -12,6 +12,8 @@ import typer
 
 from hap_hf.arguments import config_of, pruning_arguments
 from hap_hf.config import HapConfig
+from hap_hf.errors import ConfigError
+from hap_hf.names.checks import share
 from hap_hf.names.targets import AMOUNTS
 
 Settings = Any
@@ -78,6 +80,19 @@ def with_settings(command: Callable[..., None]) -> Callable[..., None]:
     return wrapped
 
 
+def amounts_given(settings: Settings) -> dict[str, float]:
+    """Return the flags of settings that say how much, with their values.
+
+    Args:
+        settings: What the flags of :func:`with_settings` say.
+
+    Returns:
+        Values by flag, as in ``--target-macs``; of those that were given.
+    """
+    values = {name: getattr(settings, name, None) for name in AMOUNTS}
+    return {f"--{name.replace('_', '-')}": value for name, value in values.items() if value is not None}
+
+
 def config_from(settings: Settings, keep: float | None, *, seed: int, max_batches: int | None) -> HapConfig:
     """Return the config that the flags ask for.
 
@@ -89,7 +104,18 @@ def config_from(settings: Settings, keep: float | None, *, seed: int, max_batche
 
     Returns:
         The config.
+
+    Raises:
+        ConfigError: If several flags say how much, or one of them no share, or settings do not go together.
     """
-    given = any(getattr(settings, name, None) is not None for name in AMOUNTS)
+    given = amounts_given(settings)
+    for flag, value in {"--keep": keep, **given}.items():
+        if value is not None:
+            share(flag, value, "[0, 1)" if flag == "--prune-ratio" else "(0, 1)")
+    told = [f"{flag} {value:g}" for flag, value in {"--keep": keep, **given}.items() if value is not None]
+    if len(told) > 1:
+        raise ConfigError(
+            f"expected one flag that says how much is left, got {' and '.join(told)}; leave the others out"
+        )
     chosen = {} if given and keep is None else {"target_params": 0.5 if keep is None else keep}
     return config_of(settings, **chosen, seed=seed, max_batches=max_batches or None)

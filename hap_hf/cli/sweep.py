@@ -7,12 +7,13 @@ import typer
 
 from hap_hf import tradeoff
 from hap_hf.cli import options
-from hap_hf.cli.flags import Settings, config_from, with_settings
+from hap_hf.cli.flags import Settings, amounts_given, config_from, with_settings
 from hap_hf.cli.outputs import check_folder
 from hap_hf.cli.pictures import draw_sweep
 from hap_hf.cli.setup import Given, set_up
 from hap_hf.cli.told import say, told
 from hap_hf.errors import ConfigError
+from hap_hf.names.checks import share
 from hap_hf.page import write_page
 from hap_hf.report.tables import plain_text
 
@@ -46,6 +47,8 @@ def sweep(
 ) -> None:
     """Measure accuracy against size and time for several amounts, without training; the model stays as it is."""
     shares = _shares(keeps)
+    if others := amounts_given(settings):
+        raise ConfigError(f"sweep tries the shares of parameters that --keep names; leave out {', '.join(others)}")
     config = config_from(settings, shares[0], seed=seed, max_batches=max_batches)
     check_folder(out)
     columns = (text_column or [], label_column, image_column, held_out, max_length)
@@ -65,9 +68,12 @@ def sweep(
 
 def _shares(keeps: str) -> list[float]:
     try:
-        return [float(word) for word in keeps.split(",")]
+        found = [float(word) for word in keeps.split(",")]
     except ValueError as error:
         raise ConfigError(f"--keep takes shares with commas, as in {KEEPS}, got {keeps!r}") from error
+    for each in found:
+        share("--keep", each)
+    return found
 
 
 def table(found: tradeoff.Tradeoff) -> str:

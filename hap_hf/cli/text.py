@@ -84,9 +84,14 @@ def answered(rows: Any, model: Any, tokenizer: Any, given: Any) -> list[Sample]:
             "the data"
         )
     questions, contexts = (_strings(rows[name], name) for name in QUESTIONS[:2])
-    encoded = tokenizer(
-        questions, contexts, truncation="only_second", max_length=given.max_length, return_offsets_mapping=True
-    )
+    try:
+        encoded = tokenizer(
+            questions, contexts, truncation="only_second", max_length=given.max_length, return_offsets_mapping=True
+        )
+    except Exception as error:  # which is all that tokenizers says of it
+        raise ConfigError(
+            f"a question leaves no room for its context in {given.max_length} tokens ({error}); raise --max-length"
+        ) from error
     offsets = encoded.pop("offset_mapping")
     samples = []
     for i, answer in enumerate(rows["answers"]):

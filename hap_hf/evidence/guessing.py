@@ -33,7 +33,8 @@ def loss_of_trained(evidence: Evidence) -> float:
     if guess is not None and loss >= _NO_BETTER * guess:
         logger.warning(
             "the model's loss on the batches is %.3g, and that of guessing %.3g: scores say little of a model that "
-            "has not learned its task; fine-tune it first, or prune after an epoch: HessianPruner(config, epoch=1)",
+            "has not learned its task; fine-tune it first, and see that the labels are those that it learned. In a "
+            "Trainer, HessianPruner(config, epoch=1) prunes after an epoch",
             loss,
             guess,
         )

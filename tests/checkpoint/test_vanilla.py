@@ -172,7 +172,9 @@ def test_fewer_heads_need_a_config_that_knows_the_head_size(tmp_path):
     model, _ = uniform("bert", heads=1)
     message = refusal(model, tmp_path)
     assert "no BertConfig describes the pruned BertForSequenceClassification: it has no head_dim" in message
-    assert "attention.self.query.weight: shape [18, 24] in the model, [24, 24] in the stock model" in message
+    assert "attention.output.dense.weight: shape [24, 18] in the model, [24, 24] in the stock model" in message
+    assert "--kinds ffn --equal-widths" in message
+    assert len(message) < 700
 
 
 def test_implants_are_refused(tmp_path):

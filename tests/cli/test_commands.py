@@ -17,6 +17,7 @@ from hap_hf.cli.app import app
 from hap_hf.cli.tasks import TASKS
 from hap_hf.tradeoff import Tradeoff
 
+MACS = ["--target-macs", "0.5"]
 QUICK = ["--max-batches", "2", "--batch-size", "4", "--eval-samples", "8", "--method", "taylor"]
 
 
@@ -151,12 +152,29 @@ def test_vanilla_needs_no_hap_hf(tmp_path):
         (["vanilla", "nothing", "--out", "{root}/x"], "there is no folder 'nothing', and"),
         (["prune", "{dense}", "--data", "nothing.csv", "--out", "{root}/x"], "there is no file 'nothing.csv'"),
         (["prune", "{dense}", "--data", "digits", "--out", "{dense}"], "would be overwritten"),
-        (["prune", "{dense}", "--data", "digits", "--out", "{root}/x", "--keep", "50"], "target_params must lie in"),
+        (
+            ["prune", "{dense}", "--data", "digits", "--out", "{root}/x", "--keep", "50"],
+            "--keep must lie in (0, 1), got 50.0",
+        ),
         (["prune", "{dense}", "--data", "digits", "--out", "{root}/x", "--task", "ocr"], "--task must be one of"),
         (["prune", "{dense}", "--data", "digits", "--out", "{root}/x", "--label-column", "y"], "has no column 'y'"),
         (["prune", "{dense}", "--data", "digits", "--out", "{root}/x", "--held-out", "v"], "has no split 'v'"),
         (["prune", "{dense}", "--data", "digits", "--out", "{root}/x", "--num-probes", "3"], "belongs to --method"),
         (["sweep", "{dense}", "--data", "digits", "--out", "{root}/x", "--keep", "half"], "takes shares with commas"),
+        (
+            ["sweep", "{dense}", "--data", "digits", "--out", "{root}/x", "--keep", "50,0.3"],
+            "--keep must lie in (0, 1)",
+        ),
+        (["sweep", "{dense}", "--data", "digits", "--out", "{root}/x", *MACS], "--keep names; leave out --target-macs"),
+        (
+            ["prune", "{dense}", "--data", "digits", "--out", "{root}/x", "--keep", "0.4", *MACS],
+            "got --keep 0.4 and --target-macs 0.5; leave the others out",
+        ),
+        (
+            ["prune", "{dense}", "--data", "digits", "--out", "{root}/x", "--prune-ratio", "0.4", *MACS],
+            "got --prune-ratio 0.4 and --target-macs 0.5",
+        ),
+        (["prune", "{dense}", "--data", "digits", "--out", "{root}/x", "--target-macs", "5"], "--target-macs must lie"),
     ],
 )
 def test_a_slip_is_one_line_and_exit_code_1(words, message, images):

@@ -95,6 +95,13 @@ def test_bad_data_is_one_line_on_the_command_line(models, tmp_path):
     assert not done.stdout
 
 
+def test_a_question_that_leaves_no_room_is_told(models, tmp_path):
+    row = {"question": "w1 w2 w3 w4 w5", "context": "w1", "answers": {"text": ["w1"], "answer_start": [0]}}
+    (tmp_path / "long.jsonl").write_text(lines(**row), encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"no room for its context in 4 tokens .*; raise --max-length"):
+        set_up(Given(str(models / ANSWERS), str(tmp_path / "long.jsonl"), max_length=4))
+
+
 def test_a_folder_of_several_kinds_is_told(tmp_path):
     for split, file in (("train", "a.csv"), ("test", "a.json")):
         (tmp_path / split).mkdir()
