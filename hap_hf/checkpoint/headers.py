@@ -58,6 +58,8 @@ def read_header(model: str | os.PathLike[str], revision: str | None = None) -> H
         PlanFormatError: If it carries something that is no plan.
     """
     folder = Path(model)
+    if folder.is_file():
+        raise ConfigError(f"{folder} is a file; name the folder that holds the model, {str(folder.parent)!r}")
     if folder.is_dir():
         config = folder / "config.json"
         if not config.is_file():

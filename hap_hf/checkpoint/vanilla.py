@@ -159,13 +159,13 @@ def _change(config: PreTrainedConfig, settings: Sequence[str], widths: Sequence[
             by_now = defaultdict(list)
             for w in counted:
                 by_now[w.now].append(w.place)
-            # Without a head_dim of its own a model computes it from the number of heads, which then cannot change.
-            fixed = counted[0].kind is Kind.HEADS and not hasattr(config, "head_dim")
-            settings = "kinds='ffn', equal_widths=True" if fixed else "equal_widths=True"
+            # Whether a model takes a head_dim shows only when one is built, which takes one number of heads.
+            several = counted[0].kind is Kind.HEADS
+            none = ", and kinds='ffn' where head_dim follows from the number of heads, as of BERT" if several else ""
             raise ConfigError(
                 f"{type(config).__name__}.{key} is one number for all layers, and the plan leaves "
                 + ", ".join(f"{now} in {_some(places)}" for now, places in sorted(by_now.items()))
-                + f"; prune with HapConfig(..., {settings}), or save with vanilla=False"
+                + f"; prune with HapConfig(..., equal_widths=True){none}, or save with vanilla=False"
             )
         for w in counted[:1]:
             if key == "mlp_ratio":

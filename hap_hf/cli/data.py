@@ -89,6 +89,8 @@ def _in_one_line(datasets: Any, data: str) -> Iterator[None]:
         why = reason(error)
         if "corresponds to no data" in why:
             raise ConfigError(f"{data} has no rows") from error
+        if not Path(data).exists():
+            raise ConfigError(f"there is no file or folder {data!r}, and no such data on the Hub ({why})") from error
         raise ConfigError(
             f"{data} cannot be read as data ({why}); expected a table with names of columns in UTF-8, or a folder of "
             "files of one kind"

@@ -177,6 +177,16 @@ def test_fewer_heads_need_a_config_that_knows_the_head_size(tmp_path):
     assert len(message) < 700
 
 
+def test_uneven_heads_are_told_where_none_can_go(tmp_path):
+    model, batch = single("bert")
+    first, second = (g for g in find_groups(model, batch) if g.kind is Kind.HEADS)
+    plan = one_stage({first: [0], second: [0, 1]})
+    apply_plan_(model, plan)
+    record_plan(model, plan)
+    message = refusal(model, tmp_path)
+    assert "equal_widths=True), and kinds='ffn' where head_dim follows from the number of heads, as of BERT" in message
+
+
 def test_implants_are_refused(tmp_path):
     model, _ = pruned("bert")
     assert "a plain checkpoint cannot hold implants" in refusal(model, tmp_path)

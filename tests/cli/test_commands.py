@@ -138,6 +138,11 @@ def test_vanilla_needs_no_hap_hf(tmp_path):
     [
         (["inspect", "{dense}"], "carries no plan of hap_hf"),
         (["inspect", "{root}"], "has no config.json"),
+        (["inspect", "{dense}/config.json"], "config.json is a file; name the folder that holds the model"),
+        (
+            ["prune", "{dense}", "--data", "nothing", "--out", "{root}/x"],
+            "there is no file or folder 'nothing', and no",
+        ),
         (["vanilla", "{pruned}", "--out", "{root}/x"], "cannot hold implants"),
         (["plot", "{pruned}", "--html"], "has no sweep.json; hap-hf sweep writes one"),
         (["plot", "{dense}"], "has neither pruning_report.json nor sweep.json"),
