@@ -34,7 +34,7 @@ def classes_of(rows: Any, column: str, config: Any) -> Callable[[Any], int | flo
     """
     if config.num_labels == 1:
         return partial(_value, column)
-    model = tuple(str(config.id2label[number]) for number in range(config.num_labels))
+    model = tuple(str(config.id2label.get(number, f"LABEL_{number}")) for number in range(config.num_labels))
     kind = rows.features[column]
     while hasattr(kind, "feature"):  # of lists
         kind = kind.feature
