@@ -66,6 +66,8 @@ def export(
             quantize_(subject, setup.batches)
             if setup.judge is not None:
                 values |= {"metric": setup.task.metric, "before": before, "rounded": setup.judge(subject)}
+    if format is not Format.PT2:
+        subject.float()  # what runtimes compute in
     out.parent.mkdir(parents=True, exist_ok=True)
     write_file(subject, batch, out, format, round_sums=round_sums)
     values["bytes"] = out.stat().st_size

@@ -24,6 +24,7 @@ from hap_hf.names.checks import member
 logger = logging.getLogger(__name__)
 
 _OPSET = 21
+_MOST_BYTES = 1_900_000_000
 _NEEDED = ("onnx", "onnxscript", "onnxruntime")
 _TOLERANCE = {False: 1e-3, True: 0.1}
 """How far the file's logits may be from the model's, as a share of their norm. Of integers, values that lie between two
@@ -64,13 +65,13 @@ def export(
             rounded; the file differs from the model by this rounding.
 
     Returns:
-        The path.
+        The path. Of ONNX files, weights of more than 2 GB lie beside it in a file that ends in ``.data``.
 
     Raises:
         BatchError: If the batch holds anything but tensors of as many samples.
         ConfigError: If the format is unknown, a package for it is missing, or the model is not quantized as it needs.
         ExportError: If torch cannot export the model, or the file computes something else; no file is left.
-        UnsupportedModelError: If the model is wrapped, compiled or has live adapters.
+        UnsupportedModelError: If the model is wrapped, compiled, in half precision or has live adapters.
     """
     kind = member(Format, "format", format)
     target = Path(path)
@@ -88,6 +89,7 @@ def export(
         distance = float((got - expected.cpu()).norm() / expected.norm().cpu().clamp_min(1e-12))
         if not distance <= _TOLERANCE[kind is Format.ONNX_INT8]:
             target.unlink()
+            _beside(target).unlink(missing_ok=True)
             raise ExportError(
                 f"the exported file computes something else than the model: at inputs of shape "
                 f"{[list(v.shape) for v in other.values()]} its logits differ by {distance:.3g} of their norm, so it "
@@ -126,6 +128,13 @@ def _check(model: nn.Module, target: Path, kind: Format, *, round_sums: bool) ->
     if round_sums and kind is not Format.ONNX_INT8:
         raise ConfigError(f"round_sums=True has a meaning only with format='onnx-int8', got format={kind.value!r}")
     check_installed(kind)
+    # Runtimes have no kernels in bfloat16 on a CPU, and compute in float16 in another order.
+    halves = {str(p.dtype).removeprefix("torch.") for p in model.parameters()} & {"float16", "bfloat16"}
+    if halves and kind is not Format.PT2:
+        raise UnsupportedModelError(
+            f"expected a model in float32 for format={kind.value!r}, got {' and '.join(sorted(halves))}; call "
+            "model.float() first, on a copy if the model is still needed as it is"
+        )
     if not target.parent.is_dir():
         raise ConfigError(f"expected a path in a folder that exists, got {str(target)!r}")
 
@@ -159,7 +168,15 @@ def _write(wrapper: Logits, inputs: Mapping[str, Tensor], target: Path, kind: Fo
         fold_batch_norms_(proto.graph)
         if round_sums:
             round_sums_(proto, {name: value.cpu().numpy() for name, value in inputs.items()})
-    onnx.save(proto, target)
+    # One file holds 2 GiB at most; beyond that weights lie in another one beside it.
+    apart = sum(len(t.raw_data) for t in proto.graph.initializer) > _MOST_BYTES
+    _beside(target).unlink(missing_ok=True)  # or it would be appended to
+    onnx.save(proto, target, save_as_external_data=apart, location=_beside(target).name)
+
+
+def _beside(target: Path) -> Path:
+    """Return the file for weights that do not fit into a file."""
+    return target.with_name(f"{target.name}.data")
 
 
 def _run(target: Path, kind: Format, inputs: Mapping[str, Tensor]) -> Tensor:

@@ -53,6 +53,17 @@ def test_a_process_writes_onnx_that_computes_what_the_model_does(models, tmp_pat
     assert not torch.allclose(logits_of(out, pixel_values=1 - pixels), expected, rtol=1e-4, atol=1e-5)
 
 
+def test_half_precision_is_exported_in_single(models, tmp_path):
+    half = AutoModelForImageClassification.from_pretrained(models / "image-classification", dtype=torch.bfloat16)
+    half.save_pretrained(tmp_path / "half")
+    done = run(tmp_path / "half", "--out", tmp_path / "vit.onnx")
+    assert done.exit_code == 0, done.output
+    pixels = torch.rand(2, 1, 8, 8)
+    with torch.no_grad():
+        expected = half.float()(pixel_values=pixels).logits
+    torch.testing.assert_close(logits_of(tmp_path / "vit.onnx", pixel_values=pixels), expected, rtol=1e-4, atol=1e-5)
+
+
 def test_integers_take_their_ranges_from_data_and_are_judged(models, tmp_path):
     out, words = tmp_path / "bert.onnx", ["--data", models / "train.csv", "--max-batches", 2, "--json"]
     done = run(models / "text-classification", "--out", out, "--format", "onnx-int8", *words)

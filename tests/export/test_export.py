@@ -1,6 +1,7 @@
 """Exported files: what they compute at other shapes, in which operators, and what is refused."""
 
 import copy
+import sys
 
 import pytest
 import torch
@@ -188,6 +189,26 @@ def test_batch_norms_are_folded_into_integers_and_sums_are_rounded_on_request(tm
     assert operators(tmp_path / "fast.onnx").count("QLinearConv") == 3
 
 
+def test_weights_that_do_not_fit_into_a_file_lie_beside_it(tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    model, x = Residual().eval(), torch.randn(4, 3, 10, 10)
+    whole = hap_hf.export(model, {"x": x}, tmp_path / "whole.onnx")
+    export = sys.modules["hap_hf.export.export"]
+    monkeypatch.setattr(export, "_MOST_BYTES", 0)
+    for _ in range(2):
+        apart = hap_hf.export(model, {"x": x}, tmp_path / "apart.onnx")
+        weights = tmp_path / "apart.onnx.data"
+        assert weights.stat().st_size < 2 * whole.stat().st_size  # not appended to the earlier one
+    assert not (tmp_path / "whole.onnx.data").exists()
+    assert apart.stat().st_size < whole.stat().st_size
+    assert torch.equal(logits_of(session(apart), {"x": x}), logits_of(session(whole), {"x": x}))
+    monkeypatch.setattr(export, "_TOLERANCE", {False: -1.0})
+    with pytest.raises(ExportError, match="computes something else"):
+        hap_hf.export(model, {"x": x}, apart)
+    assert not apart.exists()
+    assert not weights.exists()
+
+
 def test_what_cannot_be_exported_is_refused_and_no_file_is_left(bert, tmp_path, monkeypatch):
     model, batch = bert
     target = tmp_path / "model.onnx"
@@ -201,6 +222,7 @@ def test_what_cannot_be_exported_is_refused_and_no_file_is_left(bert, tmp_path, 
         (model, batch, tmp_path / "no" / "x.onnx", "onnx", {}, ConfigError, "a folder that exists"),
         (object(), batch, target, "onnx", {}, UnsupportedModelError, "expected a model"),
         (nn.DataParallel(model), batch, target, "onnx", {}, UnsupportedModelError, "inside of it"),
+        (copy.deepcopy(model).bfloat16(), batch, target, "onnx", {}, UnsupportedModelError, "float32 .* got bfloat16"),
         (model, "text", target, "onnx", {}, hap_hf.BatchError, "got the string"),
         (model, {**batch, "extra": torch.ones(7)}, target, "onnx", {}, hap_hf.BatchError, "tensor of 3 samples"),
     ):
