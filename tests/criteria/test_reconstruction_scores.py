@@ -92,6 +92,24 @@ def test_one_of_two_copies_is_free_and_the_other_one_stands_for_both():
     assert twice.costs[other].item() == pytest.approx(alone.costs[1].item(), rel=0.05)
 
 
+@pytest.mark.parametrize("width", [1, 2])
+def test_units_that_nothing_is_made_of_are_free_and_the_others_cost_what_they_do_without_them(width):
+    whole, idle = reading(width=width), inputs_of([1, 4], width)
+    price = whole.price.clone()
+    price[idle], price[:, idle] = 0, 0
+    found = eliminate([Reading(whole.moment, price)], 6)
+    left = inputs_of([0, 2, 3, 5], width)
+    alone = eliminate([Reading(whole.moment[left][:, left], whole.price[left][:, left])], 4)
+    assert sorted(found.order[:2].tolist()) == [1, 4]
+    assert found.order[2:].tolist() == [[0, 2, 3, 5][u] for u in alone.order]
+    torch.testing.assert_close(found.costs[[0, 2, 3, 5]], alone.costs)
+    torch.testing.assert_close(found.own[[0, 2, 3, 5]], alone.own)
+    assert not found.costs[[1, 4]].any()
+    none = eliminate([Reading(whole.moment, torch.zeros_like(price))], 6)
+    assert not none.costs.any()
+    assert sorted(none.order.tolist()) == list(range(6))
+
+
 def test_sums_that_are_no_moments_any_more_and_layers_that_read_nothing_do_no_harm():
     good = reading()
     rounded = good.moment - 1.5 * torch.linalg.eigvalsh(good.moment)[-3] * torch.eye(6, dtype=torch.float64)
