@@ -1,5 +1,7 @@
 """Sensitivity of every unit by layer, with standard errors."""
 
+import math
+
 from hap_hf.errors import ConfigError
 from hap_hf.names.group import Kind
 from hap_hf.names.shortened import short_names
@@ -67,7 +69,8 @@ def plot_sensitivity(report: PruningReport, kind: Kind | str = Kind.HEADS) -> Pi
     every = [scores.sensitivity[g.name].abs() for g in groups]
     typical = sorted(float(v) for values in every for v in values if v > 0)
     if typical:
-        linear = typical[len(typical) // 10]
+        # A power of ten, or the mark of the one below would lie upon that of zero.
+        linear = 10.0 ** math.ceil(math.log10(typical[len(typical) // 10]))
         axes.set_xscale("symlog", linthresh=linear)
         # Lines that reach far below zero say no more than that they do.
         lowest = min(float(scores.sensitivity[g.name].min()) for g in groups)
