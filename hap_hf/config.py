@@ -1,7 +1,7 @@
 """Every choice a user can make, checked when it is made."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, Self
 
 from torch import nn
@@ -18,14 +18,11 @@ from hap_hf.names.checks import at_least, boolean, member, plain_json, seed, sha
 from hap_hf.names.currencies import Currency, Units
 from hap_hf.names.group import Group, Kind
 from hap_hf.names.outcome import Footprint
+from hap_hf.names.setting import setting
 from hap_hf.names.targets import AMOUNTS, amount_of, check_bypasses, check_parts
 from hap_hf.names.written import known_settings
 from hap_hf.surgery import ImplantInit
 from hap_hf.version import __version__
-
-
-def _setting(default: Any, help: str) -> Any:
-    return field(default=default, metadata={"help": help})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,69 +45,69 @@ class HapConfig:
         Reconstruction(num_output_probes=1)
     """
 
-    prune_ratio: float | None = _setting(None, "Share of all units below the threshold, in [0, 1).")
-    target_params: float | None = _setting(None, "Share of the prunable parameters to keep, in (0, 1).")
-    target_macs: float | None = _setting(None, "Share of the prunable multiply-accumulates to keep, in (0, 1).")
-    target_model_params: float | None = _setting(
+    prune_ratio: float | None = setting(None, "Share of all units below the threshold, in [0, 1).")
+    target_params: float | None = setting(None, "Share of the prunable parameters to keep, in (0, 1).")
+    target_macs: float | None = setting(None, "Share of the prunable multiply-accumulates to keep, in (0, 1).")
+    target_model_params: float | None = setting(
         None, "Share of all parameters of the model to keep, embeddings included, in (0, 1)."
     )
-    target_model_macs: float | None = _setting(
+    target_model_macs: float | None = setting(
         None, "Share of all multiply-accumulates of the model to keep, in (0, 1)."
     )
-    amount: Amount | None = _setting(None, "An amount in any other currency, such as Amount('params', 0.5).")
-    parts: Mapping[str, float] | None = _setting(
+    amount: Amount | None = setting(None, "An amount in any other currency, such as Amount('params', 0.5).")
+    parts: Mapping[str, float] | None = setting(
         None,
         "Other shares for groups, by kind or glob pattern, as {'vision*': 0.8}; the first that fits a group counts.",
     )
-    implant_ratio: float = _setting(0.0, "Share of the cut units that is implanted instead of removed, in [0, 1].")
-    implants: Implants = _setting(Implants.ROWS, "Rows, as implant_ratio says, or auto: low-rank paths beside blocks.")
-    max_group_ratio: float = _setting(
+    implant_ratio: float = setting(0.0, "Share of the cut units that is implanted instead of removed, in [0, 1].")
+    implants: Implants = setting(Implants.ROWS, "Rows, as implant_ratio says, or auto: low-rank paths beside blocks.")
+    max_group_ratio: float = setting(
         0.95, "Largest share of a group's units that may be cut, in (0, 1]. The best unit always stays."
     )
-    round_to: int = _setting(1, "Surviving numbers of neurons and of channels are a multiple of this.")
-    shards: int = _setting(1, "Surviving numbers of all units are a multiple of this, as tensor parallelism needs.")
-    equal_widths: bool = _setting(False, "Cut the same share of each group, so that layers of one size stay alike.")
-    kinds: tuple[Kind, ...] = _setting(tuple(Kind), "Which kinds of units to touch: heads, ffn, channels.")
-    include: tuple[str, ...] = _setting(
+    round_to: int = setting(1, "Surviving numbers of neurons and of channels are a multiple of this.")
+    shards: int = setting(1, "Surviving numbers of all units are a multiple of this, as tensor parallelism needs.")
+    equal_widths: bool = setting(False, "Cut the same share of each group, so that layers of one size stay alike.")
+    kinds: tuple[Kind, ...] = setting(tuple(Kind), "Which kinds of units to touch: heads, ffn, channels.")
+    include: tuple[str, ...] = setting(
         (), "Glob patterns; only groups whose name, or one of whose tensors' names, matches one are touched."
     )
-    exclude: tuple[str, ...] = _setting(
+    exclude: tuple[str, ...] = setting(
         (), "Glob patterns; groups whose name, or one of whose tensors' names, matches stay whole."
     )
-    method: Criterion | str = _setting(Reconstruction(), "How sensitivities are estimated: a criterion or its name.")
-    num_passes: int | None = _setting(
+    method: Criterion | str = setting(Reconstruction(), "How sensitivities are estimated: a criterion or its name.")
+    num_passes: int | None = setting(
         None,
         "Passes in which units are chosen. Each takes its part of the amount and silences it; the next one scores what "
         "is left anew. By default as the criterion says: 2 for reconstruction, 4 for mask_ggn, 1 for the others.",
     )
-    per_cost: bool | None = _setting(
+    per_cost: bool | None = setting(
         None,
         "With a budget, rank units by sensitivity per cost of what the budget counts. By default as the criterion "
         "says: only with reconstruction and mask_ggn.",
     )
-    compensate: bool | None = _setting(
+    compensate: bool | None = setting(
         None,
         "Fit the weights that read what is left to what they lose. By default as the criterion says: only with "
         "reconstruction and mask_ggn.",
     )
-    reconstruct: bool | None = _setting(
+    reconstruct: bool | None = setting(
         None,
         "After the choice, fit the layers one after the other so that each gives what it gives in the dense model. By "
         "default where compensate holds.",
     )
-    max_batches: int | None = _setting(8, "Use at most this many batches; None for all.")
-    precision: Precision = _setting(Precision.FP32, "Arithmetic while scoring: fp32 (the model's own), bf16, fp16.")
-    seed: int = _setting(0, "Seed of probes and random scores.")
-    implant_init: ImplantInit = _setting(ImplantInit.SVD, "Initial weights of implants: svd or zero.")
-    implant_cost: float = _setting(
+    max_batches: int | None = setting(8, "Use at most this many batches; None for all.")
+    precision: Precision = setting(Precision.FP32, "Arithmetic while scoring: fp32 (the model's own), bf16, fp16.")
+    seed: int = setting(0, "Seed of probes and random scores.")
+    implant_init: ImplantInit = setting(ImplantInit.SVD, "Initial weights of implants: svd or zero.")
+    implant_cost: float = setting(
         0.25,
         "Size of a linear layer's implant as a share of the weights it replaces, in (0, 1). That of a convolution is "
         "1 x 1.",
     )
-    recalibrate: bool = _setting(
+    recalibrate: bool = setting(
         True, "Estimate the statistics of batch norms anew after surgery, on the batches given; no labels needed."
     )
-    progress: bool = _setting(True, "Show progress bars.")
+    progress: bool = setting(True, "Show progress bars.")
 
     # Hidden from type checkers, which would take it for the signature and check no setting.
     if not TYPE_CHECKING:

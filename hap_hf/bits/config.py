@@ -1,13 +1,13 @@
 """Every choice about bits, checked when it is made."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any, Self
 
 from hap_hf.errors import ConfigError
 from hap_hf.names.bits import FEWEST, MOST, LayerBits, Rounding
-from hap_hf.names.checks import at_least, boolean, meant, member, plain_json, strings
+from hap_hf.names.checks import at_least, boolean, member, of_settings, plain_json, strings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,11 +97,7 @@ class BitConfig:
         Raises:
             ConfigError: If a name is unknown, or a value out of range.
         """
-        known = {f.name for f in fields(cls)}
-        for name in settings:
-            if name not in known:
-                raise ConfigError(f"BitConfig has no setting {name!r}{meant(name, known)}")
-        return cls(**settings)
+        return of_settings(cls, settings)
 
     def with_weight_bits(self, bits: Mapping[str, int]) -> Self:
         """Return the same config with bits for some layers by name, as ``allocate_bits`` gives them."""

@@ -58,8 +58,7 @@ def read_header(model: str | os.PathLike[str], revision: str | None = None) -> H
         PlanFormatError: If it carries something that is no plan.
     """
     folder = Path(model)
-    if folder.is_file():
-        raise ConfigError(f"{folder} is a file; name the folder that holds the model, {str(folder.parent)!r}")
+    check_is_no_file(folder)
     if folder.is_dir():
         config = folder / "config.json"
         if not config.is_file():
@@ -87,6 +86,20 @@ def read_header(model: str | os.PathLike[str], revision: str | None = None) -> H
         ) from error
     entries = [t for file in found.files_metadata.values() for t in file.tensors.values()]
     return _header(config, [(t.dtype, t.shape) for t in entries], str(model))
+
+
+def check_is_no_file(model: str | os.PathLike[str]) -> None:
+    """Check that a file was not given in place of its folder.
+
+    Args:
+        model: A folder, or a name on the Hub.
+
+    Raises:
+        ConfigError: If it is a file.
+    """
+    path = Path(model)
+    if path.is_file():
+        raise ConfigError(f"{path} is a file; name the folder that holds the model, {str(path.parent)!r}")
 
 
 def _local(file: Path) -> Iterable[tuple[str, list[int]]]:

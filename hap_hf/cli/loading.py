@@ -8,6 +8,7 @@ from typing import Any
 import transformers
 from safetensors import SafetensorError
 
+from hap_hf.checkpoint.headers import check_is_no_file
 from hap_hf.cli.tasks import Task, task_of
 from hap_hf.cli.told import reason
 from hap_hf.errors import ConfigError, HapError
@@ -77,8 +78,7 @@ def config_of(model: str) -> Any:
     Raises:
         ConfigError: If there is no such folder, and nothing of that name could be read from the Hub.
     """
-    if Path(model).is_file():
-        raise ConfigError(f"{model} is a file; name the folder that holds the model, {str(Path(model).parent)!r}")
+    check_is_no_file(model)
     there = Path(model).is_dir()
     # What looks like a path would be looked for on the Hub.
     if (model.startswith((".", "/", "~")) or model.count("/") > 1) and not there:

@@ -27,6 +27,11 @@ class Reading:
     moment: Tensor
     price: Tensor
 
+    def of(self, units: Tensor, num_units: int) -> "Reading":
+        """Return the same of some units."""
+        inputs = _inputs_of(units, len(self.moment) // num_units)
+        return Reading(self.moment[inputs][:, inputs], self.price[inputs][:, inputs])
+
 
 @dataclass(frozen=True)
 class Elimination:
@@ -65,16 +70,18 @@ def eliminate(readings: Sequence[Reading], num_units: int) -> Elimination:
     Returns:
         The order and the costs. It takes about ``n^3`` multiply-accumulates for n inputs.
     """
-    wanted = torch.stack([_blocks(r.price, num_units).diagonal(dim1=1, dim2=2).sum(1) for r in readings]).sum(0) > 0
-    if 0 < wanted.sum() < num_units:  # what nothing makes anything of, as after an earlier pass, is free and goes first
-        return _eliminate_some(readings, num_units, wanted.nonzero().flatten(), (~wanted).nonzero().flatten())
-    states = [_State(r, num_units) for r in readings]
-    own = torch.stack([s.costs_alone() for s in states]).sum(0)
+    wanted = torch.stack([r.price.diagonal().view(num_units, -1).sum(1) for r in readings]).sum(0) > 0
+    # What nothing makes anything of, as after an earlier pass, is free and goes first.
+    order = (~wanted).nonzero().flatten().tolist()
+    costs, own = readings[0].price.new_zeros(2, num_units).unbind(0)
+    if len(order) == num_units:
+        return Elimination(torch.tensor(order, device=own.device), costs, own)
     # The states hold these units, in this order, and some of them are gone.
-    held = torch.arange(num_units, device=own.device)
-    gone, num_gone = torch.zeros_like(held, dtype=torch.bool), 0
-    costs, order, reached = torch.zeros_like(own), [], 0.0
-    for _ in range(num_units):
+    held = wanted.nonzero().flatten()
+    states = [_State(r.of(held, num_units), len(held)) for r in readings]
+    own[held] = torch.stack([s.costs_alone() for s in states]).sum(0)
+    gone, num_gone, reached = torch.zeros_like(held, dtype=torch.bool), 0, 0.0
+    while len(order) < num_units:
         each = torch.stack([s.costs() for s in states]).sum(0)
         place = int(each.masked_fill(gone, torch.inf).argmin())
         # What goes first must not cost more than what follows: a threshold then takes the first ones of the order.
@@ -91,19 +98,6 @@ def eliminate(readings: Sequence[Reading], num_units: int) -> Elimination:
                 state.keep_(left)
             held, gone, num_gone = held[left], gone[left], 0
     return Elimination(torch.tensor(order, device=own.device), costs, own)
-
-
-def _eliminate_some(readings: Sequence[Reading], num_units: int, units: Tensor, free: Tensor) -> Elimination:
-    """Return the elimination of some units after others that cost nothing, as if these had never been."""
-    left = []
-    for r in readings:
-        width = len(r.moment) // num_units
-        inputs = (units[:, None] * width + torch.arange(width, device=units.device)).flatten()
-        left.append(Reading(r.moment[inputs][:, inputs], r.price[inputs][:, inputs]))
-    found = eliminate(left, len(units))
-    costs, own = found.costs.new_zeros(2, num_units).unbind(0)
-    costs[units], own[units] = found.costs, found.own
-    return Elimination(torch.cat([free, units[found.order]]), costs, own)
 
 
 class _State:
@@ -162,7 +156,7 @@ class _State:
     def keep_(self, places: Tensor) -> None:
         """Forget all units but some."""
         self._multiply_out()
-        inputs = (places[:, None] * self._width + torch.arange(self._width, device=places.device)).flatten()
+        inputs = _inputs_of(places, self._width)
         self._inverse, self._price = (m[inputs][:, inputs] for m in (self._inverse, self._price))
         self._inverse_blocks, self._price_blocks = self._inverse_blocks[places], self._price_blocks[places]
         self._begin()
@@ -173,6 +167,11 @@ class _State:
         crossed = self._shares[:, done] @ self._others[:, done].T
         self._price = self._price - crossed - crossed.T
         self._pending = 0
+
+
+def _inputs_of(units: Tensor, width: int) -> Tensor:
+    """Return the numbers of the inputs of some units."""
+    return (units[:, None] * width + torch.arange(width, device=units.device)).flatten()
 
 
 def _blocks(matrix: Tensor, num_units: int) -> Tensor:

@@ -51,11 +51,13 @@ class Reconstruction(MaskGGN):
         heard = task.listener if isinstance(task.listener, Moments) else Moments(list(readers), processes)
         heard.gradients_at = readers.keys()
         scores = super().score(replace(task, listener=heard))
+        moments, num_batches = heard.total()
         # Not told of all batches where each sample is differentiated alone.
-        if heard.total()[1] != scores.num_batches and readers:
+        if num_batches != scores.num_batches and readers:
             heard = Moments(list(readers), processes, list(readers))
             measure_moments(task.evidence, heard, self.num_output_probes)
-        moments, gradients = heard.total()[0], heard.total_gradients()
+            moments, _ = heard.total()
+        gradients = heard.total_gradients()
         sensitivity, errors = dict(scores.sensitivity), dict(scores.standard_error)
         for group in task.groups:
             found = _readings(model, group, readers, moments, gradients)

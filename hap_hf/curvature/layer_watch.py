@@ -26,6 +26,7 @@ from hap_hf.curvature.input_watch import (
 from hap_hf.curvature.layers import MatrixCall, NotPerSampleError, multiplies_by_matrix
 from hap_hf.curvature.marginals import Marginals, Wanted, chunks
 from hap_hf.curvature.replay import ReplayedCall
+from hap_hf.curvature.sums import add_to_
 from hap_hf.host import own_parameters
 from hap_hf.layers.projection import channel_dim, on_input
 
@@ -118,8 +119,7 @@ class LayerWatch:
         self.read_weights[index] = position_weights(grad, channels)
         path = self.read[index].path
         if self._listener is not None and path in self._listener.gradients_at:
-            moment = gradient_moment(grad, channels)
-            self.read_gradients[path] = self.read_gradients[path] + moment if path in self.read_gradients else moment
+            add_to_(self.read_gradients, path, gradient_moment(grad, channels))
 
     def _record(
         self,

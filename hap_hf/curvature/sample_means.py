@@ -1,11 +1,10 @@
 """Means over samples of statistics of their gradients, with standard errors."""
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
-from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,11 +16,10 @@ from hap_hf.curvature.input_watch import InputListener
 from hap_hf.curvature.layer_watch import LayerWatch
 from hap_hf.curvature.layers import NotPerSampleError
 from hap_hf.curvature.marginals import Marginals, Wanted, squared
+from hap_hf.curvature.sums import add_to_
 from hap_hf.errors import CurvatureError
 
 logger = logging.getLogger(__name__)
-
-_K = TypeVar("_K")
 
 ReduceSamples = Callable[[Marginals], Tensor]
 """Maps the statistics of each sample's gradient to a number for each sample and block, ``[samples, num_blocks]``."""
@@ -147,8 +145,10 @@ class SampleMeans:
                     self._check(batch, forward, vectors, sums, watch.tolerance)
                     self.watchable.answer = True
                 total = total.to(values) + factor * values
-                _add(weights, watch.read_weights, factor / self.scale**2)
-                _add(gradients, watch.read_gradients, factor / self.scale**2)
+                for i, x in watch.read_weights.items():
+                    add_to_(weights, i, factor / self.scale**2 * x)
+                for path, x in watch.read_gradients.items():
+                    add_to_(gradients, path, factor / self.scale**2 * x)
             if self.listener is not None:
                 # Inputs that no backward pass reached weigh nothing.
                 every = [
@@ -253,9 +253,3 @@ def rows_of_sample(vectors: Sequence[Tensor], n: int, num_samples: int, alone: F
     if sizes != [v.numel() for v in vectors]:
         raise NotPerSampleError("the model's outputs do not lie along a first dimension of samples")
     return [v.reshape(num_samples, -1)[n] for v in vectors]
-
-
-def _add(sums: dict[_K, Tensor], found: Mapping[_K, Tensor], factor: float) -> None:
-    """Add what one backward pass gave to the sums over all."""
-    for key, x in found.items():
-        sums[key] = sums[key] + factor * x if key in sums else factor * x

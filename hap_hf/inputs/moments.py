@@ -20,6 +20,7 @@ from hap_hf.curvature import (
 from hap_hf.curvature.batch_loss import check_counts
 from hap_hf.curvature.hvp import listed
 from hap_hf.curvature.input_watch import branch, gradient_moment
+from hap_hf.curvature.sums import add_to_
 from hap_hf.errors import CurvatureError
 from hap_hf.evidence.evidence import Evidence
 from hap_hf.evidence.processes import Processes
@@ -133,7 +134,7 @@ class Moments:
         for r, w in zip(read, weights, strict=True):
             _add(self._sums, r, w, num_samples, parity)
         for path, moment in gradients.items():
-            self._gradients[path] = self._gradients[path] + moment if path in self._gradients else moment
+            add_to_(self._gradients, path, moment)
 
     def total(self) -> tuple[dict[str, Tensor], int]:
         """Return the sums over the batches of all processes by name of the layer, and the number of these batches."""
@@ -195,8 +196,7 @@ def _at_inputs(
                 unscaled = grad.to(total.dtype) / scale
                 total += factor * r.weights(unscaled)
                 if r.path in gradients_at:
-                    moment = factor * gradient_moment(unscaled, r.channels)
-                    moments[r.path] = moments[r.path] + moment if r.path in moments else moment
+                    add_to_(moments, r.path, factor * gradient_moment(unscaled, r.channels))
         if all(torch.isfinite(w).all() for w in found):
             return [w.detach() for w in found], moments, scale
         if scale <= 1:
@@ -226,4 +226,4 @@ def _add(sums: dict[str, Tensor], read: ReadInput, weights: Tensor, num_samples:
     # By samples and not by positions: positions of one sample resemble each other, and one half would know the other.
     halves = [z[torch.arange(len(z)) // rows % 2 == half] for half in (parity, 1 - parity)]
     moment = torch.stack([half.flatten(0, -2).T @ half.flatten(0, -2) for half in halves])
-    sums[read.path] = sums[read.path] + moment if read.path in sums else moment
+    add_to_(sums, read.path, moment)

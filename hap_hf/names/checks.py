@@ -2,12 +2,14 @@
 
 import difflib
 from collections.abc import Iterable, Mapping
+from dataclasses import fields
 from enum import StrEnum
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from hap_hf.errors import ConfigError
 
 _E = TypeVar("_E", bound=StrEnum)
+_C = TypeVar("_C")
 
 
 def member(enum: type[_E], name: str, value: object) -> _E:
@@ -175,3 +177,23 @@ def meant(name: str, known: Iterable[str]) -> str:
     """
     near = difflib.get_close_matches(name, list(known), n=1)
     return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def of_settings(kind: type[_C], values: Mapping[str, Any]) -> _C:
+    """Return a dataclass of settings made of values by name.
+
+    Args:
+        kind: The dataclass, which checks the values.
+        values: Some of its settings.
+
+    Returns:
+        The settings; the rest are defaults.
+
+    Raises:
+        ConfigError: If there is no setting of a name.
+    """
+    known = {f.name for f in fields(cast(Any, kind))}
+    for name in values:
+        if name not in known:
+            raise ConfigError(f"{kind.__name__} has no setting {name!r}{meant(name, known)}")
+    return kind(**values)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from hap_hf.curvature import accumulation_dtype
+from hap_hf.curvature.sums import add_to_
 from hap_hf.layers.projection import channel_dim, known, output_dim, spatial_dims
 from hap_hf.reconstruction.blocks import Block, PathGains, UnitEnergies
 from hap_hf.reconstruction.implanted import ImplantedRows
@@ -166,7 +167,7 @@ class LayerFit:
                 sums["units"] = self._energies.moments(own, w)
             for name, value in sums.items():
                 key = f"{part} {name}"
-                self.sums[key] = self.sums[key] + value if key in self.sums else value
+                add_to_(self.sums, key, value)
 
     def _halves(self, size: int, rows: int, index: int) -> list[tuple[str, Tensor]]:
         """Return the rows of the samples to fit and of those held out."""

@@ -129,8 +129,7 @@ class HessianPruner(Shrinks, ExportableState):
         self.ramp = ramp
         self.rewind = rewind
         self.regularise = regularisation(self.config, regularise)
-        rounds = num_rounds > 1
-        self.floor = Floor.of(floor, self.config, plan=plan is not None, num_rounds=rounds, regularise=self.regularise)
+        self.floor = Floor.of(floor, self.config, plan=plan, num_rounds=num_rounds > 1, regularise=regularise)
         self.train_only_implants = train_only_implants
         implants = self._plan.has_implants if self._plan is not None else self.config.implant_ratio > 0
         self.also_train = check_freezing(self.config, train_only_implants, also_train, implants=implants)
@@ -283,8 +282,9 @@ class HessianPruner(Shrinks, ExportableState):
         """Do the next round: score, prune, report, and let the training go on with what is left."""
         trainer, place, optimizer = calling_trainer(), self._place, bare_optimizer(kwargs["optimizer"])
         with self._evidence(**kwargs) as (evidence, config):
-            how: Any = {"growth": self._growth, "plan": self._plan, "floor": self.floor}
-            report, place = do_round(trainer, evidence, config, place, optimizer, **how)
+            report, place = do_round(
+                trainer, evidence, config, place, optimizer, growth=self._growth, plan=self._plan, floor=self.floor
+            )
         self._start, self._growth = place.start, None  # after the round: one that fails has not taken place
         self.reports.append(report)
         forget_best_(state, kwargs["lr_scheduler"])

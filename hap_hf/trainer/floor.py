@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass
 from typing import Any, cast
 
 from torch import nn
@@ -14,14 +14,11 @@ from hap_hf.errors import ConfigError
 from hap_hf.evidence.evidence import Evidence
 from hap_hf.floor import check_search, search_floor
 from hap_hf.model.rollback import undone_on_error
-from hap_hf.names.checks import meant
+from hap_hf.names.checks import of_settings
+from hap_hf.names.setting import setting
 from hap_hf.report import PruningReport
 
 logger = logging.getLogger(__name__)
-
-
-def _setting(default: Any, help: str) -> Any:
-    return field(default=default, metadata={"help": help})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,9 +33,9 @@ class Floor:
         ConfigError: If a value is out of range.
     """
 
-    drop: float = _setting(0.01, "How much of the metric may be lost, in its own unit: 0.01 is a point of accuracy.")
-    metric: str = _setting("accuracy", "What compute_metrics calls it, or loss; names that end in loss should be low.")
-    num_trials: int = _setting(6, "Amounts that are tried at most, each with an evaluation.")
+    drop: float = setting(0.01, "How much of the metric may be lost, in its own unit: 0.01 is a point of accuracy.")
+    metric: str = setting("accuracy", "What compute_metrics calls it, or loss; names that end in loss should be low.")
+    num_trials: int = setting(6, "Amounts that are tried at most, each with an evaluation.")
 
     @classmethod
     def of(cls, given: "Floor | Mapping[str, Any] | float | None", config: HapConfig, **others: Any) -> "Floor | None":
@@ -47,8 +44,8 @@ class Floor:
         Args:
             given: The floor, its settings by name, a drop, or None.
             config: How the model is pruned.
-            **others: Other settings of the callback that do not go with a floor, by name; false where they are left
-                out.
+            **others: Other settings of the callback that do not go with a floor, by name; None or false where they are
+                left out.
 
         Returns:
             The floor; None for none.
@@ -59,15 +56,11 @@ class Floor:
         if given is None:
             return None
         if isinstance(given, Mapping):
-            known = {f.name for f in fields(cls)}
-            for name in given:
-                if name not in known:
-                    raise ConfigError(f"Floor has no setting {name!r}{meant(name, known)}")
-            given = cls(**given)
+            given = of_settings(cls, given)
         elif not isinstance(given, Floor):
             given = cls(drop=given)
         check_search(config, given.drop, given.num_trials)
-        if wrong := [name for name, value in others.items() if value]:
+        if wrong := [name for name, value in others.items() if value is not None and value is not False]:
             raise ConfigError(
                 f"floor searches for one amount and prunes once, and {', '.join(wrong)} "
                 f"{'asks' if len(wrong) == 1 else 'ask'} for something else; leave one of them out"
@@ -119,9 +112,15 @@ class Floor:
         Raises:
             ConfigError: If the metric does not exist, or nothing that was tried is good enough.
         """
-        judge, drop, num = self._judge(trainer), self.drop, self.num_trials
         with undone_on_error(evidence.model, optimizer), evidence.processes.agreeing("pruning"):
-            found = search_floor(evidence, judge, config, drop=drop, num_trials=num, optimizer=optimizer)
+            found = search_floor(
+                evidence,
+                self._judge(trainer),
+                config,
+                drop=self.drop,
+                num_trials=self.num_trials,
+                optimizer=optimizer,
+            )
         logger.info("%s", str(found).rpartition("\n")[2])
         return found.report
 

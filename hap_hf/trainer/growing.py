@@ -2,19 +2,16 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import Any, Self
 
 from hap_hf.config import HapConfig
 from hap_hf.errors import ConfigError
 from hap_hf.names.bypass import Implants
-from hap_hf.names.checks import boolean, meant, member, share
+from hap_hf.names.checks import boolean, member, of_settings, share
+from hap_hf.names.setting import setting
 from hap_hf.surgery.shrinking import Shrunk
 from hap_hf.trainer.schedule import steps_of
-
-
-def _setting(default: Any, help: str) -> Any:
-    return field(default=default, metadata={"help": help})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,19 +30,19 @@ class GrowingReg:
         ConfigError: If a value is out of range, or settings contradict each other.
     """
 
-    steps: int | float = _setting(0.3, "Optimizer steps from the choice to the cut; below 1, a share of the training.")
-    variant: int = _setting(1, "1: the units are chosen first. 2: all units shrink first, and magnitude then chooses.")
-    ratio: float = _setting(1000.0, "How many times smaller the units become; growth ends where this is reached.")
-    interval: int = _setting(10, "Steps between increments of the penalty.")
-    stabilise: float = _setting(0.3, "Share of the steps, at their end, in which the penalty stays, in [0, 1).")
-    on: Shrunk = _setting(
+    steps: int | float = setting(0.3, "Optimizer steps from the choice to the cut; below 1, a share of the training.")
+    variant: int = setting(1, "1: the units are chosen first. 2: all units shrink first, and magnitude then chooses.")
+    ratio: float = setting(1000.0, "How many times smaller the units become; growth ends where this is reached.")
+    interval: int = setting(10, "Steps between increments of the penalty.")
+    stabilise: float = setting(0.3, "Share of the steps, at their end, in which the penalty stays, in [0, 1).")
+    on: Shrunk = setting(
         Shrunk.READ, "What shrinks: read, the weights that read a unit; rows, those that make it, its norms and biases."
     )
-    increment: float | None = _setting(None, "By how much the penalty grows. By default what leads to the ratio.")
-    picking: float = _setting(0.3, "With variant 2, share of the steps in which all units shrink, in (0, 1).")
-    picking_ratio: float = _setting(3.0, "How many times smaller all would become in them without a loss.")
-    recover: float = _setting(1e-4, "With variant 2, penalty below zero of those that stay, which lets them grow.")
-    coupled: bool = _setting(False, "Add the penalty to the gradients, as published, rather than shrink the weights.")
+    increment: float | None = setting(None, "By how much the penalty grows. By default what leads to the ratio.")
+    picking: float = setting(0.3, "With variant 2, share of the steps in which all units shrink, in (0, 1).")
+    picking_ratio: float = setting(3.0, "How many times smaller all would become in them without a loss.")
+    recover: float = setting(1e-4, "With variant 2, penalty below zero of those that stay, which lets them grow.")
+    coupled: bool = setting(False, "Add the penalty to the gradients, as published, rather than shrink the weights.")
 
     def __post_init__(self) -> None:
         """Check every value.
@@ -103,11 +100,7 @@ class GrowingReg:
         Raises:
             ConfigError: If a name is unknown.
         """
-        known = {f.name for f in fields(cls)}
-        for name in values:
-            if name not in known:
-                raise ConfigError(f"GrowingReg has no setting {name!r}{meant(name, known)}")
-        return cls(**values)
+        return of_settings(cls, values)
 
 
 def phases(settings: GrowingReg, steps: int) -> tuple[int, int]:
